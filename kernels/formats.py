@@ -1,0 +1,275 @@
+"""How the tokens of a tier are stored: bits, scale groups and buffer shapes, and the text form that ops carry.
+
+A side (keys or values) of a tier has a :class:`SideFormat`; a tier has two; a layer has a list of tiers
+(:class:`LayerFormat`). Ops take the format as one short string, which is readable in a printed graph::
+
+    8:t1c64,8:t1c64|4:t64c1,2:t1c32        # high tier 8-bit per token, low tier keys per channel, values per token
+    fp,fp                                  # one tier in the model's own dtype: the full cache
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+CODE_BITS = (2, 3, 4, 8)
+"""Widths of integer codes. 16 stands for floating point and has no codes."""
+
+FLOAT_NAMES = {"fp": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Floating-point sides: ``fp`` keeps the model's dtype, the others cast."""
+
+BUFFERS_PER_TIER = 7
+
+
+@dataclass(frozen=True)
+class SideFormat:
+    """Keys or values of one tier.
+
+    Attributes:
+        bits: 16 for floating point, or the width of a code: 8, 4, 3, 2.
+        tokens: consecutive slots that share one scale and zero (1: per token; 64: blocks of 64 slots).
+        channels: neighbouring channels that share one scale and zero (1: per channel).
+        balanced: codes are of ``x * balancer`` (MiKV, arXiv 2402.18096, section 3.2), keys only.
+        float_name: with 16 bits, ``"fp"`` (the model's dtype), ``"bf16"`` or ``"fp16"``.
+    """
+
+    bits: int
+    tokens: int = 1
+    channels: int = 0
+    balanced: bool = False
+    float_name: str = "fp"
+
+    def __post_init__(self) -> None:
+        if self.bits != 16 and self.bits not in CODE_BITS:
+            raise ValueError(f"{self.bits} bits are not offered; choose 16, 8, 4, 3 or 2")
+        if self.bits != 16 and (self.tokens < 1 or self.channels < 1):
+            raise ValueError("a coded side needs a positive number of tokens and channels per scale")
+
+    @property
+    def is_float(self) -> bool:
+        """True when the side stores floating-point numbers instead of codes."""
+        return self.bits == 16
+
+    def code_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the codes buffer: uint8, or the floating-point dtype of a 16-bit side."""
+        return (FLOAT_NAMES[self.float_name] or model_dtype) if self.is_float else torch.uint8
+
+    def code_width(self, head_dim: int) -> int:
+        """Elements of the codes buffer per token: packed bytes, or channels for floating point."""
+        return head_dim if self.is_float else head_dim * self.bits // 8
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError if tokens of ``head_dim`` channels cannot be packed or grouped this way."""
+        if self.is_float:
+            return
+        planes = {8: 1, 4: 2, 2: 4, 3: 8}[self.bits]
+        if head_dim % planes:
+            raise ValueError(f"{self.bits}-bit codes need a head_dim that {planes} divides; it is {head_dim}")
+        if head_dim % self.channels:
+            raise ValueError(f"scale groups of {self.channels} channels do not divide the head_dim {head_dim}")
+
+    def __str__(self) -> str:
+        if self.is_float:
+            return self.float_name
+        return f"{self.bits}:t{self.tokens}c{self.channels}{'b' if self.balanced else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> SideFormat:
+        """Inverse of ``str``."""
+        if text in FLOAT_NAMES:
+            return cls(bits=16, float_name=text)
+        found = re.fullmatch(r"(\d+):t(\d+)c(\d+)(b?)", text)
+        if not found:
+            raise ValueError(f"not a side format: {text!r}")
+        bits, tokens, channels, balanced = found.groups()
+        return cls(int(bits), int(tokens), int(channels), bool(balanced))
+
+
+@dataclass(frozen=True)
+class TierFormat:
+    """Keys and values of one tier."""
+
+    key: SideFormat
+    value: SideFormat
+
+    @property
+    def block(self) -> int:
+        """Slots are filled in multiples of this many tokens."""
+        return max(self.key.tokens, self.value.tokens)
+
+    def __str__(self) -> str:
+        return f"{self.key},{self.value}"
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """The tiers of one layer, highest precision first. New tokens enter tier 0; demotion goes to the others.
+
+    ``scored``: tier 0 keeps a score per slot, which only tokens that can still be demoted or evicted need.
+    ``accumulate``: each step adds the attention that tier 0's tokens received to their scores.
+    """
+
+    tiers: tuple[TierFormat, ...]
+    accumulate: bool = False
+    scored: bool = False
+
+    @property
+    def has_scores(self) -> bool:
+        """Tier 0 keeps a score per slot."""
+        return self.scored or self.accumulate or len(self.tiers) > 1
+
+    @property
+    def is_balanced(self) -> bool:
+        """True when some keys are stored multiplied by the channel balancer."""
+        return any(t.key.balanced for t in self.tiers)
+
+    def __str__(self) -> str:
+        flags = ("+scored" if self.scored else "") + ("+accumulate" if self.accumulate else "")
+        return "|".join(map(str, self.tiers)) + flags
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def parse(cls, text: str) -> LayerFormat:
+        """Inverse of ``str``."""
+        body, *flags = text.split("+")
+        tiers = []
+        for tier in body.split("|"):
+            key, _, value = tier.partition(",")
+            tiers.append(TierFormat(SideFormat.parse(key), SideFormat.parse(value)))
+        return cls(tuple(tiers), accumulate="accumulate" in flags, scored="scored" in flags)
+
+
+class SideBuffers(NamedTuple):
+    """Buffers of the keys or the values of one tier, C slots, D channels, g = channels, b = tokens per scale."""
+
+    codes: torch.Tensor
+    """[B, H_kv, C, code_width] uint8, or the floating-point numbers themselves."""
+    scales: torch.Tensor
+    """[B, H_kv, C / b, D / g] float16; no elements for floating point."""
+    zeros: torch.Tensor
+    """[B, H_kv, C / b, D / g] float16: the group's minimum; no elements for floating point."""
+
+
+class TierBuffers(NamedTuple):
+    """Buffers of one tier."""
+
+    key: SideBuffers
+    value: SideBuffers
+    positions: torch.Tensor
+    """[B, H_kv, C] int32: the token's place in the sequence."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots per (batch row, KV head)."""
+        return self.positions.shape[2]
+
+
+class StoreBuffers(NamedTuple):
+    """All buffers of a layer, the typed form of the flat list that ops take."""
+
+    tiers: tuple[TierBuffers, ...]
+    scores: torch.Tensor
+    """[B, H_kv, C_0] float32 importance of tier 0's slots; no elements when nothing can be demoted."""
+    balancer: torch.Tensor
+    """[B, H_kv, D] float32; no elements when no side is balanced."""
+
+    @classmethod
+    def from_list(cls, tensors: Sequence[torch.Tensor]) -> StoreBuffers:
+        """Group the flat list: seven per tier, then scores and balancer."""
+        tiers = []
+        for i in range(0, len(tensors) - 2, BUFFERS_PER_TIER):
+            t = tensors[i : i + BUFFERS_PER_TIER]
+            tiers.append(TierBuffers(SideBuffers(*t[0:3]), SideBuffers(*t[3:6]), t[6]))
+        return cls(tuple(tiers), tensors[-2], tensors[-1])
+
+    def to_list(self) -> list[torch.Tensor]:
+        """The flat list that ops take."""
+        flat: list[torch.Tensor] = []
+        for tier in self.tiers:
+            flat += [*tier.key, *tier.value, tier.positions]
+        return flat + [self.scores, self.balancer]
+
+
+def buffer_names(num_tiers: int) -> list[str]:
+    """Names of the flat list's tensors, in order."""
+    side = ("codes", "scales", "zeros")
+    names = []
+    for i in range(num_tiers):
+        names += [f"tier{i}_{s}_{part}" for s in ("key", "value") for part in side] + [f"tier{i}_positions"]
+    return names + ["scores", "balancer"]
+
+
+def _side_shapes(
+    fmt: SideFormat, lead: tuple[int, int], capacity: int, dim: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    codes = ((*lead, capacity, fmt.code_width(dim)), fmt.code_dtype(dtype))
+    if fmt.is_float:
+        params: tuple[int, ...] = (*lead, 0, 0)
+    else:
+        params = (*lead, capacity // fmt.tokens, dim // fmt.channels)
+    return [codes, (params, torch.float16), (params, torch.float16)]
+
+
+def buffer_shapes(
+    fmt: LayerFormat,
+    batch: int,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    capacities: Sequence[int],
+    dtype: torch.dtype,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the flat buffer list.
+
+    Args:
+        fmt: the layer's tiers.
+        batch, kv_heads, key_dim, value_dim: B, H_kv and the channels of keys and values.
+        capacities: slots of each tier; multiples of the tier's block.
+        dtype: the model's dtype, for sides stored as ``fp``.
+    """
+    lead = (batch, kv_heads)
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
+    for tier, capacity in zip(fmt.tiers, capacities, strict=True):
+        shapes += _side_shapes(tier.key, lead, capacity, key_dim, dtype)
+        shapes += _side_shapes(tier.value, lead, capacity, value_dim, dtype)
+        shapes.append(((*lead, capacity), torch.int32))
+    shapes.append(((*lead, capacities[0] if fmt.has_scores else 0), torch.float32))
+    shapes.append(((*lead, key_dim if fmt.is_balanced else 0), torch.float32))
+    return shapes
+
+
+class Orders(NamedTuple):
+    """What the host has decided for one call; travels to the ops as one small int64 tensor on the CPU.
+
+    All (batch row, KV head) pairs hold the same number of tokens in a tier, so these are plain numbers that follow
+    from the sequence length alone: no step has to wait for the device to know them.
+    """
+
+    length: int
+    """Tokens seen before this call; the call's own tokens have positions length, length + 1, ..."""
+    sinks: int
+    """Positions below this one are never demoted."""
+    recent_from: int
+    """Positions from this one on are never demoted."""
+    counts: tuple[int, ...]
+    """Slots in use of each tier before the call (compress: tokens that each tier receives)."""
+    victims: int
+    """Tokens that leave tier 0 at the end of this call."""
+    moves: tuple[int, ...]
+    """Of those, how many go to tier 1, 2, ...: best scores first. The rest is evicted."""
+
+    def encode(self) -> torch.Tensor:
+        """The int64 tensor."""
+        head = [self.length, self.sinks, self.recent_from, self.victims]
+        return torch.tensor([*head, *self.counts, *self.moves], dtype=torch.int64)
+
+    @classmethod
+    def decode(cls, tensor: torch.Tensor, num_tiers: int) -> Orders:
+        """Inverse of :meth:`encode`; ``tensor`` is on the CPU."""
+        length, sinks, recent_from, victims, *rest = tensor.tolist()
+        return cls(length, sinks, recent_from, tuple(rest[:num_tiers]), victims, tuple(rest[num_tiers:]))

@@ -1,0 +1,70 @@
+"""Asymmetric round-to-nearest quantization of keys and values, in plain PyTorch (the reference).
+
+``x ~ code * scale + zero`` with ``zero = min`` and ``scale = (max - min) / (2**bits - 1)`` over a group of
+``tokens x channels`` (MiKV arXiv 2402.18096, equation 1; per-channel blocks as in KIVI, arXiv 2402.02750). Scale and
+zero are float16, and codes are fitted to the rounded values, so that storing them adds no further error.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mikv_compile.kernels.formats import SideBuffers, SideFormat
+from mikv_compile.kernels.packing import pack, unpack
+
+FP16_MAX = 65504.0
+
+
+def quantize(x: torch.Tensor, fmt: SideFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize tokens.
+
+    Args:
+        x: [B, H, T, D], any floating dtype; T is a multiple of ``fmt.tokens``.
+        fmt: a coded side format.
+
+    Returns:
+        packed codes [B, H, T, D * bits / 8] uint8, scales and zeros [B, H, T / tokens, D / channels] float16.
+    """
+    b, h, t, d = x.shape
+    groups = x.float().reshape(b, h, t // fmt.tokens, fmt.tokens, d // fmt.channels, fmt.channels)
+    low, high = groups.amin(dim=(3, 5)), groups.amax(dim=(3, 5))
+    levels = (1 << fmt.bits) - 1
+    zeros = low.clamp(-FP16_MAX, FP16_MAX).half()
+    scales = ((high - low) / levels).clamp(max=FP16_MAX).half()
+    step = scales.float()[:, :, :, None, :, None]
+    offset = zeros.float()[:, :, :, None, :, None]
+    # A constant group has scale 0: its codes are 0 and it reads back as the zero point.
+    codes = torch.where(step > 0, (groups - offset) / step, 0.0).round_().clamp_(0, levels)
+    return pack(codes.to(torch.uint8).reshape(b, h, t, d), fmt.bits), scales, zeros
+
+
+def dequantize(side: SideBuffers, fmt: SideFormat, dim: int) -> torch.Tensor:
+    """Read tokens back as float32 [B, H, T, dim]; ``side`` holds whole blocks."""
+    if fmt.is_float:
+        return side.codes.float()
+    codes = unpack(side.codes, fmt.bits, dim)
+    b, h, t, d = codes.shape
+    groups = codes.reshape(b, h, t // fmt.tokens, fmt.tokens, d // fmt.channels, fmt.channels).float()
+    scales = side.scales.float()[:, :, :, None, :, None]
+    zeros = side.zeros.float()[:, :, :, None, :, None]
+    return (groups * scales + zeros).reshape(b, h, t, d)
+
+
+def channel_balancer(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """MiKV's outlier-aware channel balancer ``b = sqrt(max|q| / max|k|)`` per (row, KV head, channel).
+
+    Keys are stored as ``k * b`` and queries divided by ``b`` (arXiv 2402.18096, equations 2 to 4).
+
+    Args:
+        q: [B, H_q, R, D]; the maximum runs over all query heads of a KV head.
+        k: [B, H_kv, T, D].
+
+    Returns:
+        [B, H_kv, D] float32, within [1e-4, 1e4]; 1 where either maximum is 0 or not finite.
+    """
+    batch, kv_heads, _, dim = k.shape
+    q_max = q.abs().amax(dim=2).float().reshape(batch, kv_heads, -1, dim).amax(dim=2)
+    k_max = k.abs().amax(dim=2).float()
+    ratio = (q_max / k_max).sqrt()
+    usable = (q_max > 0) & (k_max > 0) & ratio.isfinite()
+    return torch.where(usable, ratio.clamp(1e-4, 1e4), 1.0)

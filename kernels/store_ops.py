@@ -1,0 +1,122 @@
+"""What a call does to a store: fill its tiers from a prompt, append new tokens, demote old ones.
+
+These compose the primitives of :mod:`dispatch`, so they run on every device alike.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
+from mikv_compile.kernels.quantize import channel_balancer
+
+
+def _protect(scores: torch.Tensor, positions: torch.Tensor, orders: Orders) -> torch.Tensor:
+    """Scores with sinks and recent tokens lifted above all others. NaN counts as most important: it is never dropped."""
+    held = (positions < orders.sinks) | (positions >= orders.recent_from)
+    return scores.nan_to_num(nan=float("inf")).masked_fill(held, float("inf"))
+
+
+def compress(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+) -> None:
+    """Fill an empty store from a prompt.
+
+    Args:
+        q: [B, H_q, R, D_k], read only for the balancer. k, v: [B, H_kv, T, D].
+        scores: [B, H_kv, T] float32; the highest go to tier 0. May have no elements when all tokens go to tier 0.
+        orders: ``counts`` tokens go to each tier, ``length`` is 0; tokens beyond their sum are evicted.
+    """
+    tokens = k.shape[2]
+    balancer = None
+    if fmt.is_balanced:
+        balancer = channel_balancer(q, k)
+        buffers.balancer.copy_(balancer)
+    if orders.counts[0] == tokens:
+        run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], 0, k, v, None, 0, None, balancer)
+        if fmt.has_scores:
+            buffers.scores[:, :, :tokens] = scores
+        return
+    positions = torch.arange(tokens, device=k.device).expand(*k.shape[:2], -1)
+    # Ascending and stable: among equals the older token ranks lower.
+    order = _protect(scores, positions, orders).argsort(dim=2, stable=True)
+    stop = tokens
+    for i, (tier, tier_fmt, count) in enumerate(zip(buffers.tiers, fmt.tiers, orders.counts, strict=True)):
+        index = order[:, :, stop - count : stop].sort(dim=2).values
+        run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer)
+        if i == 0 and fmt.has_scores:
+            buffers.scores[:, :, :count] = scores.gather(2, index)
+        stop -= count
+
+
+def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes."""
+    tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
+    device = tier.positions.device
+    balancer = buffers.balancer if fmt.is_balanced else None
+    positions = tier.positions[:, :, :used]
+    scores = _protect(buffers.scores[:, :, :used], positions, orders)
+    # Lexicographic by (score, position), ascending: slots are in no order once holes have been refilled.
+    by_age = positions.argsort(dim=2)
+    order = by_age.gather(2, scores.gather(2, by_age).argsort(dim=2, stable=True))
+    victims = order[:, :, : orders.victims]
+
+    stop = orders.victims
+    for lower, lower_fmt, count, start in zip(
+        buffers.tiers[1:], fmt.tiers[1:], orders.moves, orders.counts[1:], strict=True
+    ):
+        if count:
+            index = victims[:, :, stop - count : stop]
+            index = index.gather(2, positions.gather(2, index).argsort(dim=2))
+            k, v = run("read_tokens", device, tier, tier_fmt, index, key_dim, value_dim, balancer)
+            place = positions.gather(2, index)
+            run("write_tokens", device, lower, lower_fmt, start, k, v, None, 0, place, balancer)
+        stop -= count
+
+    # As many victims lie below `kept` as survivors above it; pair them up. Padding pairs slot used - 1 with itself:
+    # it is above `kept`, so it is never a hole.
+    kept = used - orders.victims
+    is_victim = torch.zeros_like(positions, dtype=torch.bool).scatter_(2, victims, True)
+    slots = torch.arange(used, device=device).expand_as(positions)
+    pairs = min(orders.victims, kept)
+    if not pairs:
+        return
+    holes = slots[:, :, :kept].masked_fill(~is_victim[:, :, :kept], used).sort(dim=2).values[:, :, :pairs]
+    movers = slots[:, :, kept:].masked_fill(is_victim[:, :, kept:], used).sort(dim=2).values[:, :, :pairs]
+    run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
+
+
+def update(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+) -> None:
+    """After attention: update scores, append the call's own tokens to tier 0, and demote what no longer fits.
+
+    Args:
+        q, k, v, mask, scale: as given to attention. lse: [B, H_q, R] float32, what it returned.
+        orders: see :class:`Orders`.
+    """
+    used, device = orders.counts[0], k.device
+    balancer = buffers.balancer if fmt.is_balanced else None
+    own = None
+    if fmt.accumulate:
+        own = run("add_scores", device, q, k, lse, mask, scale, buffers, fmt, used, orders.length)
+    run("write_tokens", device, buffers.tiers[0], fmt.tiers[0], used, k, v, None, orders.length, None, balancer)
+    if fmt.has_scores:
+        buffers.scores[:, :, used : used + k.shape[2]] = 0.0 if own is None else own
+    if orders.victims:
+        _demote(buffers, fmt, orders, used + k.shape[2], k.shape[3], v.shape[3])
