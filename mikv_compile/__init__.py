@@ -1,0 +1,50 @@
+"""Keep any traced decoder's KV cache in mixed precision: ``torch.compile(model, backend="mikv")``.
+
+The names below are imported on first use: importing this package costs nothing, and ``TORCH_LOGS="+mikv_compile"``
+imports it while torch itself is still being imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "EvictedTokensError": "errors",
+    "KVTensor": "handle",
+    "MikvError": "errors",
+    "OptionError": "errors",
+    "Options": "config",
+    "PRESETS": "config",
+    "UnusableCacheError": "errors",
+    "cache_report": "report",
+    "explain": "report",
+    "graph_reports": "report",
+}
+
+if TYPE_CHECKING:
+    from mikv_compile.config import PRESETS, Options
+    from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
+    from mikv_compile.handle import KVTensor
+    from mikv_compile.report import cache_report, explain, graph_reports
+
+__all__ = [
+    "PRESETS",
+    "EvictedTokensError",
+    "KVTensor",
+    "MikvError",
+    "OptionError",
+    "Options",
+    "UnusableCacheError",
+    "cache_report",
+    "explain",
+    "graph_reports",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"mikv_compile.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,108 @@
+"""Every private torch import lives here, so that a new torch release has one file to check."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+
+def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
+    """Compile C++ with the toolchain of Inductor's CPU backend and load the result.
+
+    Inductor's own cache does the work: ``-O3 -march=native -fopenmp``, the library is kept on disk under a hash of the
+    source and the command line, and a file lock lets only one of several processes build it.
+
+    Args:
+        source: C++17 text whose entry points are ``extern "C"``.
+        name: what the library is, for the error message.
+
+    Raises:
+        RuntimeError: there is no compiler, it rejects the source, or the library does not load.
+    """
+    # Imported late: importing Inductor takes seconds, and not every process needs a kernel.
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        # Inductor turns contraction off; kernels that accumulate products need fused multiply-add.
+        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+    except Exception as error:  # the exceptions differ between torch releases; all mean that there is no library
+        raise RuntimeError(f"C++ library {name!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(library, ctypes.CDLL):
+        raise RuntimeError(f"C++ library {name!r}: Inductor returned {type(library).__name__} instead of a CDLL")
+    return library
+
+no_torch_function = torch._C._disabled_torch_function_impl
+"""A tensor subclass with this as ``__torch_function__`` is seen by ``__torch_dispatch__`` only."""
+
+
+def make_wrapper(
+    cls: type[torch.Tensor], shape: Any, dtype: torch.dtype, device: torch.device, strides: Any = None
+) -> Any:
+    """A wrapper-subclass tensor without storage."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+
+
+def fake_dense(handle: Any) -> torch.Tensor:
+    """The dense fake tensor that a fake handle stands for."""
+    with handle.anchor.fake_mode:
+        return torch.empty(handle.shape, dtype=handle.dtype, device=handle.anchor.device)
+
+
+def growing_fake(
+    fake_mode: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dynamic: set[int], source: Any
+) -> torch.Tensor:
+    """A fake tensor whose dimensions ``dynamic`` are fresh symbols, equal to nothing else in the graph."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(shape))]
+    example = torch.empty(shape, dtype=dtype, device=device)
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return fake_mode.from_tensor(example, symbolic_context=context, source=source)
+
+
+def fake_mode_of(fake: torch.Tensor) -> Any:
+    """The fake mode that a fake tensor, or the inner tensor of a fake handle, belongs to."""
+    return fake.fake_mode  # type: ignore[attr-defined]
+
+
+def buffer_source(name: str) -> Any:
+    """A Dynamo source for a graph input that no user object stands behind."""
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(source_name=name)
+
+
+def compile_with_inductor(gm: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Any:
+    """Inductor's compiled form of a graph; ``options`` hold for this call only."""
+    import torch._inductor
+
+    return torch._inductor.compile(gm, inputs, options=options)
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor options of a ``torch.compile`` mode."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def symbol_of(size: Any) -> Any:
+    """The sympy expression of a symbolic integer, or None for a plain number."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def optimized_module_class() -> Any:
+    """The class of what ``torch.compile(module)`` returns."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return OptimizedModule
+
+
+def backend_name(wrapper: Any) -> str | None:
+    """Name of the backend that an optimized module compiles with, or None if it is not known."""
+    callback = wrapper.dynamo_ctx.callback
+    while callback is not None and not hasattr(callback, "compiler_name"):
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return getattr(callback, "compiler_name", None)

@@ -1,0 +1,152 @@
+"""The options of ``torch.compile(model, backend="mikv", options={...})``, checked, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mikv_compile.errors import OptionError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Keys need about two bits more than values; see docs/architecture.md for what the figures rest on.
+    "mikv": {"tiers": "int8:0.05,k4v2", "policy": "snapkv", "quantizer": "kivi"},
+    # MiKV as published (arXiv 2402.18096): half of the 20 % are heavy hitters, half are recent; per-step demotion.
+    "mikv-paper": {
+        "tiers": "fp:0.2,int2",
+        "policy": "h2o",
+        "quantizer": "mikv",
+        "window": 0,
+        "sinks": 0,
+        "recent_share": 0.5,
+        "flush_every": 1,
+    },
+    "int4": {"tiers": "int4", "quantizer": "mikv"},
+    "evict": {"tiers": "fp:0.25", "policy": "snapkv"},
+    "full": {"tiers": "fp"},
+}
+"""Named sets of options. Options that are given beside ``preset`` replace the preset's."""
+
+_SIZE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _fail(name: str, value: object, expected: str) -> OptionError:
+    return OptionError(f"option {name!r} is {value!r}; expected {expected}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``"2GiB"``, ``"500 MB"`` or ``"4096"``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _SIZE_UNITS.get((found.group(2) or "b").lower()) if found else None
+    if found is None or unit is None:
+        raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25")
+    return int(float(found.group(1)) * unit)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that can be set. The defaults need no thought.
+
+    Raises:
+        OptionError: on construction, for a value that is of the wrong type, out of range or impossible in combination.
+    """
+
+    preset: str = field(default="mikv", metadata={"help": "named set of the options below: " + ", ".join(PRESETS)})
+    budget: float | str | None = field(
+        default=None,
+        metadata={"help": "fraction of the dense cache's bytes (0.25), or bytes per layer stack ('2GiB'); picks tiers"},
+    )
+    tiers: str | None = field(
+        default=None,
+        metadata={"help": "tiers by hand, highest precision first: 'int8:0.05,k4v2'; tokens beyond all shares go"},
+    )
+    layers: str | None = field(
+        default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"}
+    )
+    policy: str | None = field(default=None, metadata={"help": "what scores tokens: snapkv, h2o, recent"})
+    quantizer: str | None = field(default=None, metadata={"help": "how tokens become codes: kivi, mikv"})
+    window: int | None = field(default=None, metadata={"help": "newest tokens that always stay in the high tier"})
+    sinks: int | None = field(default=None, metadata={"help": "first tokens that always stay in the high tier"})
+    recent_share: float | None = field(
+        default=None, metadata={"help": "part of the high tier's share that goes to the newest tokens"}
+    )
+    flush_every: int | None = field(
+        default=None, metadata={"help": "tokens demoted at a time; 1 demotes in every step, as the paper does"}
+    )
+    lower: str = field(
+        default="inductor", metadata={"help": "'inductor' compiles the rewritten graph, 'eager' only runs it"}
+    )
+    inductor: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "options for Inductor; also given as 'inductor.NAME' keys"}
+    )
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from the dict that was given to ``torch.compile``.
+
+        Raises:
+            OptionError: for an unknown key, with the nearest known name.
+        """
+        given = dict(options or {})
+        inductor = {k.removeprefix("inductor."): given.pop(k) for k in list(given) if k.startswith("inductor.")}
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{_nearest(str(name), known)}")
+        if inductor:
+            given["inductor"] = {**given.get("inductor", {}), **inductor}
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        from mikv_compile.policies import POLICIES
+        from mikv_compile.quantizers import QUANTIZERS
+
+        if self.preset not in PRESETS:
+            raise OptionError(f"unknown preset {self.preset!r}{_nearest(str(self.preset), list(PRESETS))}")
+        for name, registry in (("policy", POLICIES), ("quantizer", QUANTIZERS)):
+            value = getattr(self, name)
+            if value is not None and value not in registry:
+                raise OptionError(f"unknown {name} {value!r}{_nearest(str(value), list(registry))}")
+        for name, least in (("window", 0), ("sinks", 0), ("flush_every", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise _fail(name, value, f"a whole number of tokens, at least {least}")
+        share = self.recent_share
+        if share is not None and not (_is_number(share) and 0 <= share <= 1):
+            raise _fail("recent_share", share, "a number from 0 to 1")
+        if self.lower not in ("inductor", "eager"):
+            raise _fail("lower", self.lower, "'inductor' or 'eager'")
+        for name in ("tiers", "layers"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _fail(name, getattr(self, name), "a string")
+        if not isinstance(self.inductor, Mapping):
+            raise _fail("inductor", self.inductor, "a dict of Inductor options")
+        if self.budget is not None:
+            if self.tiers is not None:
+                raise OptionError("options 'budget' and 'tiers' both choose the tiers; give one of them")
+            if isinstance(self.budget, str):
+                if parse_size(self.budget) <= 0:
+                    raise _fail("budget", self.budget, "more than no bytes")
+            elif not _is_number(self.budget) or not 0 < self.budget <= 1:
+                raise _fail("budget", self.budget, "a fraction above 0 and at most 1, or a size such as '2GiB'")
+
+    def resolved(self, name: str, default: Any) -> Any:
+        """An option's value: as given, else the preset's, else ``default``."""
+        value = getattr(self, name)
+        return PRESETS[self.preset].get(name, default) if value is None else value
+
+    def replace(self, **changes: Any) -> Options:
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

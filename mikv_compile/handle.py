@@ -1,0 +1,224 @@
+"""``KVTensor``: what a model's cache object holds instead of a dense K or V."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from mikv_compile import _compat
+from mikv_compile.errors import MikvError
+from mikv_compile.plan import LayerPlan
+from mikv_compile.store import LayerStore, Role
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class KVTensor(torch.Tensor):
+    """Handle of the keys or values of one layer.
+
+    Shape [B, H_kv, T, D], dtype and device are those of the dense tensor that it stands for, so a model's cache code
+    runs unchanged. Reordering, selecting and repeating along the batch, cropping from the end, copying and moving to
+    another device work on the compressed data. Any other operation sees the dequantized values, and is counted
+    (``store.fallbacks``); writing into a handle raises.
+    """
+
+    store: LayerStore | None
+    """The layer's store; None while a compiler looks at a fake handle."""
+    role: Role
+    anchor: torch.Tensor
+
+    __torch_function__ = _compat.no_torch_function
+
+    @staticmethod
+    def __new__(cls, store: LayerStore, role: Role, length: int | None = None) -> KVTensor:
+        """Handle of the first ``length`` tokens of a store (all of them by default)."""
+        site = store.site
+        dim = site.key_dim if role == "key" else site.value_dim
+        shape = (site.batch, site.kv_heads, store.length if length is None else length, dim)
+        self = _compat.make_wrapper(cls, shape, site.dtype, store.device)
+        self.store, self.role, self.anchor, self._plan = store, role, store.anchor, store.plan
+        store.register(self)
+        # The length changes in every step: without this, the second step compiles once more.
+        torch._dynamo.maybe_mark_dynamic(self, 2)
+        return self
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layer's plan; also known of a fake handle."""
+        return self._plan
+
+    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+        """The dense tensor: [B, H_kv, T, D] in the model's dtype."""
+        return self._real_store("dequantize").dequantize(self.role, self.shape[2])
+
+    def _real_store(self, operation: str) -> LayerStore:
+        if self.store is None:
+            raise MikvError(
+                f"a compiler traces {operation} on a compressed KV cache, but only graphs compiled with backend='mikv' "
+                "can read one; compile this function with it too, or pass it handle.dequantize()"
+            )
+        return self.store
+
+    def __repr__(self, **_: Any) -> str:
+        if self.store is None:
+            return f"KVTensor({self.role}, {tuple(self.shape)}, fake)"
+        return (
+            f"KVTensor({self.role}, {tuple(self.shape)}, {self.dtype}, tiers={self.plan.format}, "
+            f"nbytes={self.store.nbytes} of key and value)"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Role, LayerPlan, torch.dtype]]:
+        return ["anchor"], (self.role, self.plan, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor],
+        context: tuple[Role, LayerPlan, torch.dtype],
+        outer_size: Any,
+        outer_stride: Any,
+    ) -> KVTensor:
+        role, plan, dtype = context
+        self = _compat.make_wrapper(KVTensor, outer_size, dtype, inner["anchor"].device, outer_stride)
+        self.store, self.role, self.anchor, self._plan = None, role, inner["anchor"], plan
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], KVTensor) else None
+        if first is not None and first.store is not None:
+            done = _HANDLED.get(func)
+            result = None if done is None else done(first, *args[1:], **kwargs)
+            if result is not None:
+                return result
+        _refuse_writes(func, args, kwargs)
+
+        def dense(handle: KVTensor) -> torch.Tensor:
+            if handle.store is None:
+                return _compat.fake_dense(handle)
+            handle.store.count_fallback(str(func))
+            log.info("%s reads a compressed cache: dequantized", func)
+            return handle.dequantize()
+
+        args, kwargs = tree_map_only(KVTensor, dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVTensor:
+        store = self._real_store("deepcopy")
+        if id(store) not in memo:
+            memo[id(store)] = store.copy()
+            memo[id(memo[id(store)])] = memo[id(store)]
+        made = KVTensor(memo[id(store)], self.role, self.shape[2])
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MikvError("a compressed KV cache cannot be pickled; save what handle.dequantize() returns")
+
+
+def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """A write into dequantized values would be lost."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, KVTensor):
+            raise MikvError(
+                f"{func} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, "
+                "or replace the layer's tensors by handle.dequantize() first"
+            )
+    if isinstance(kwargs.get("out"), KVTensor):
+        raise MikvError(f"{func} writes its result into a compressed KV cache")
+
+
+def _rebound(handle: KVTensor, store: LayerStore) -> KVTensor:
+    return KVTensor(store, handle.role, handle.shape[2])
+
+
+def _same(handle: KVTensor, *_: Any, **__: Any) -> KVTensor:
+    return KVTensor(handle._real_store("alias"), handle.role, handle.shape[2])
+
+
+def _clone(handle: KVTensor, **_: Any) -> KVTensor:
+    store = handle._real_store("clone")
+    return _rebound(handle, store.derive("clone", store.copy))
+
+
+def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor | None:
+    """Beam search: reorder and select along the batch."""
+    if dim not in (0, -4):
+        return None
+    store = handle._real_store("index_select")
+    rows = index.to(store.device)
+
+    def make() -> LayerStore:
+        return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
+
+    return _rebound(handle, store.derive(("index", id(index), index._version), make, hold=index))
+
+
+def _index(handle: KVTensor, indices: list[torch.Tensor | None]) -> KVTensor | None:
+    first, *rest = indices
+    if any(i is not None for i in rest) or first is None or first.dim() != 1:
+        return None
+    return _index_select(handle, 0, first.nonzero()[:, 0] if first.dtype == torch.bool else first)
+
+
+def _slice(
+    handle: KVTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> KVTensor | None:
+    """Crop from the end, or a range of batch rows."""
+    size = handle.shape[dim]
+    start, end, _ = slice(start, end, step).indices(size)
+    if start == 0 and end == size and step == 1:
+        return _same(handle)
+    store = handle._real_store("slice")
+    if dim in (2, -2) and start == 0 and step == 1 and end > 0:
+        return KVTensor(store, handle.role, end)
+    if dim in (0, -4):
+        rows = torch.arange(start, end, step, device=store.device)
+
+        def make() -> LayerStore:
+            return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
+
+        return _rebound(handle, store.derive(("rows", start, end, step), make))
+    return None
+
+
+def _repeat_rows(handle: KVTensor, repeats: int, dim: int | None = None, **_: Any) -> KVTensor | None:
+    if dim not in (0, -4) or not isinstance(repeats, int):
+        return None
+    store = handle._real_store("repeat_interleave")
+
+    def make() -> LayerStore:
+        batch = store.site.batch * repeats
+        return store.map(lambda b: b.repeat_interleave(repeats, dim=0), batch, store.device)
+
+    return _rebound(handle, store.derive(("repeat", repeats), make))
+
+
+def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: Any) -> KVTensor | None:
+    """Move to another device; a change of dtype needs the dense values."""
+    if dtype not in (None, handle.dtype):
+        return None
+    store = handle._real_store("to")
+    target = torch.device(device) if device is not None else store.device
+
+    def make() -> LayerStore:
+        return store.map(lambda b: b.to(target, copy=True), store.site.batch, target)
+
+    return _rebound(handle, store.derive(("to", target), make))
+
+
+_HANDLED = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _clone,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.slice.Tensor: _slice,
+    aten.repeat_interleave.self_int: _repeat_rows,
+    aten._to_copy.default: _to_copy,
+}
+

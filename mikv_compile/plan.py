@@ -1,0 +1,346 @@
+"""Plans: the tiers of a layer, and how many tokens each of them holds at a given sequence length.
+
+A plan answers in plain numbers that follow from the length alone, so the host knows every tier's fill without asking
+the device. Which tokens those are differs per (batch row, KV head) and only the device knows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from mikv_compile.config import Options, parse_size
+from mikv_compile.errors import OptionError
+from mikv_compile.kernels.formats import LayerFormat, Orders, SideFormat, TierFormat, buffer_shapes
+from mikv_compile.policies import POLICIES
+from mikv_compile.quantizers import QUANTIZERS
+
+_UNIFORM_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+_FLOATS = ("fp", "bf16", "fp16")
+
+GROWTH = 16
+"""A tier that is full grows by 1/16, so at most 6 % of it is spare."""
+
+SLOT_STEP = 64
+"""Capacities are multiples of this many slots, or of a tier's block."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One entry of a tier list such as ``int8:0.05``.
+
+    Attributes:
+        key_bits, value_bits: 16 for floating point, or 8, 4, 3, 2.
+        float_name: what 16 bits stand for: ``fp`` (the model's dtype), ``bf16``, ``fp16``.
+        share: part of all tokens (0 to 1), or a number of tokens (int), or None: all that no other tier takes.
+    """
+
+    key_bits: int
+    value_bits: int
+    float_name: str
+    share: float | int | None
+
+    def quota(self, length: int) -> int:
+        """Tokens of the share at a sequence length; the whole length without one."""
+        if self.share is None:
+            return length
+        return min(self.share, length) if isinstance(self.share, int) else int(self.share * length + 1e-9)
+
+
+def parse_tiers(text: str) -> tuple[Tier, ...]:
+    """Parse a tier list: ``FORMAT[:SHARE]``, comma-separated, highest precision first.
+
+    FORMAT is ``fp``, ``bf16``, ``fp16``, ``int8``, ``int4``, ``int3``, ``int2``, or keys and values apart, as in ``k4v2``
+    and ``k16v8``. SHARE is a fraction of all tokens (``0.2``) or a number of tokens (``512``). Without one, the last
+    tier takes all tokens that are left; when every tier has a share, tokens beyond all shares are evicted.
+
+    Raises:
+        OptionError: if the text does not parse, with what is wrong.
+    """
+    tiers = []
+    entries = [e.strip() for e in text.split(",")]
+    for i, entry in enumerate(entries):
+        name, colon, share_text = (p.strip() for p in entry.partition(":"))
+        apart = re.fullmatch(r"k(\d+)v(\d+)", name)
+        if name in _FLOATS:
+            bits: tuple[int, int] = (16, 16)
+        elif name in _UNIFORM_BITS:
+            bits = (_UNIFORM_BITS[name],) * 2
+        elif apart and all(int(b) in (16, 8, 4, 3, 2) for b in apart.groups()):
+            bits = (int(apart.group(1)), int(apart.group(2)))
+        else:
+            raise OptionError(
+                f"tier {entry!r}: unknown format {name!r}; formats are fp, bf16, fp16, int8, int4, int3, int2, or bits "
+                "of 16, 8, 4, 3, 2 for keys and values apart, such as k4v2"
+            )
+        share: float | int | None = None
+        if colon:
+            try:
+                number = float(share_text)
+            except ValueError:
+                number = -1.0
+            if "." in share_text and 0 <= number <= 1:
+                share = number
+            elif share_text.isdigit() and int(share_text) > 1:
+                share = int(share_text)
+            elif number in (0.0, 1.0):
+                share = number
+            else:
+                raise OptionError(f"tier {entry!r}: share {share_text!r} is neither from 0 to 1 nor a number of tokens")
+        elif i < len(entries) - 1:
+            raise OptionError(f"tier {entry!r} needs a share, such as {name}:0.2; only the last tier may take the rest")
+        tiers.append(Tier(*bits, name if name in _FLOATS else "fp", share))
+    if sum(t.share for t in tiers if isinstance(t.share, float)) > 1 + 1e-9:
+        raise OptionError(f"tiers {text!r}: the shares add up to more than 1")
+    return tuple(tiers)
+
+
+def _parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
+    chosen: dict[int, tuple[Tier, ...]] = {}
+    for entry in (text or "").split(";"):
+        if not entry.strip():
+            continue
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*=(.*)", entry)
+        if not found or (found.group(2) and int(found.group(2)) < int(found.group(1))):
+            raise OptionError(f"option 'layers': {entry.strip()!r} is not of the form '0-1=fp' or '5=int8:0.1,int4'")
+        first = int(found.group(1))
+        for i in range(first, int(found.group(2) or first) + 1):
+            if i in chosen:
+                raise OptionError(f"option 'layers' names layer {i} twice")
+            chosen[i] = parse_tiers(found.group(3))
+    return chosen
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps. Hashable; two layers with equal plans may share compiled code.
+
+    Attributes:
+        tiers: highest precision first; new tokens enter the first.
+        format: the same tiers as buffers; see :mod:`mikv_compile.kernels.formats`.
+        policy: name of what scores tokens.
+        window, sinks, recent_share, flush_every: as in :class:`~mikv_compile.config.Options`.
+    """
+
+    tiers: tuple[Tier, ...]
+    format: LayerFormat
+    policy: str
+    window: int
+    sinks: int
+    recent_share: float
+    flush_every: int
+
+    def __deepcopy__(self, memo: object) -> LayerPlan:
+        # Dynamo copies a handle's metadata into its guards; sharing keeps their comparison an identity check.
+        return self
+
+    @property
+    def evicts(self) -> bool:
+        """True when tokens beyond all shares are dropped."""
+        return self.tiers[-1].share is not None and self.tiers[-1].share != 1.0
+
+    def high_target(self, length: int) -> int:
+        """Tokens that tier 0 should hold at a sequence length: its share, the window and the sinks."""
+        if len(self.tiers) == 1 and not self.evicts:
+            return length
+        return min(length, self.tiers[0].quota(length) + self.window + self.sinks)
+
+    def recent_from(self, length: int) -> int:
+        """Positions from here on may not leave tier 0."""
+        return max(length - self.window - int(self.recent_share * self.tiers[0].quota(length)), 0)
+
+    def fill(self, length: int) -> Orders:
+        """Where a prompt's tokens go."""
+        left = length - self.high_target(length)
+        counts = [length - left]
+        for tier, fmt in zip(self.tiers[1:], self.format.tiers[1:], strict=True):
+            take = min(tier.quota(length), left) // fmt.block * fmt.block
+            counts.append(take)
+            left -= take
+        if not self.evicts:
+            counts[0] += left  # what does not fill a block waits in tier 0
+        moves = (0,) * (len(counts) - 1)
+        return Orders(0, self.sinks, self.recent_from(length), tuple(counts), 0, moves)
+
+    def step(self, length: int, counts: tuple[int, ...], new: int) -> Orders:
+        """What happens when ``new`` tokens are appended to ``length`` earlier ones."""
+        after = length + new
+        excess = max(counts[0] + new - self.high_target(after), 0)
+        victims = excess // self.flush_every * self.flush_every
+        left, moves = victims, []
+        for tier, fmt, count in zip(self.tiers[1:], self.format.tiers[1:], counts[1:], strict=True):
+            wanted = left if tier.share is None else min(max(tier.quota(after) - count, 0), left)
+            moves.append(wanted // fmt.block * fmt.block)
+            left -= moves[-1]
+        if not self.evicts:
+            victims -= left
+        return Orders(length, self.sinks, self.recent_from(after), counts, victims, tuple(moves))
+
+    def capacities(self, counts: tuple[int, ...], old: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Slots to allocate for ``counts`` tokens in each tier.
+
+        ``old`` are the present capacities, which are kept while they suffice; otherwise they grow in chunks.
+        """
+        slots = []
+        for i, (fmt, count) in enumerate(zip(self.format.tiers, counts, strict=True)):
+            have = 0 if old is None else old[i]
+            if count <= have:
+                slots.append(have)
+                continue
+            step = max(fmt.block, SLOT_STEP if i == 0 else fmt.block)
+            room = count if old is None else max(count, have + have // GROWTH)
+            slots.append(-(-room // step) * step)
+        return tuple(slots)
+
+
+    def nbytes(self, length: int, batch: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of all buffers after a prompt of ``length`` tokens, spare capacity included."""
+        slots = self.capacities(self.fill(length).counts)
+        shapes = buffer_shapes(self.format, batch, kv_heads, key_dim, value_dim, slots, dtype)
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the plan of each layer from the options. Raises OptionError for options that cannot work on any model."""
+
+    options: Options
+
+    def __post_init__(self) -> None:
+        for tiers in (parse_tiers(self.options.resolved("tiers", "fp")), *_parse_layers(self.options.layers).values()):
+            _make(self.options, tiers, 64, 64)
+
+    def layer(self, index: int, site: CacheShape) -> LayerPlan:
+        """The plan of layer ``index`` (in graph order).
+
+        Raises:
+            ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
+        """
+        tiers = _parse_layers(self.options.layers).get(index)
+        budget = self.options.budget
+        if tiers is None and budget is not None:
+            choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction
+            tiers = choose(self.options, site)
+        return _make(
+            self.options, tiers or parse_tiers(self.options.resolved("tiers", "fp")), site.key_dim, site.value_dim
+        )
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a budget has to know of a layer: B, H_kv, D of keys and of values, the dtype, and how many layers share it."""
+
+    batch: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    layers: int = 1
+
+    def dense_nbytes(self, length: int) -> int:
+        """Bytes of this layer's dense keys and values at ``length`` tokens."""
+        return self.batch * self.kv_heads * length * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+BUDGET_LENGTH = 4096
+"""Sequence length at which a fractional budget is measured; window and sinks weigh more in shorter ones."""
+
+# Best first; {:.3f} is the part that is searched for the largest value that fits. The last ones evict.
+_LADDER = (
+    ("fp:{:.3f},int8", 0.0, 1.0),
+    ("int8:{:.3f},int4", 0.02, 1.0),
+    ("int8:{:.3f},k4v2", 0.02, 1.0),
+    ("int8:0.02,k4v2:{:.3f}", 0.02, 0.98),
+)
+
+
+def _tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
+    """The best tiers of the ladder whose bytes stay within ``budget`` times the dense bytes."""
+    assert isinstance(options.budget, int | float)
+    if options.budget >= 1:
+        return parse_tiers("fp")
+    limit = options.budget * site.dense_nbytes(BUDGET_LENGTH)
+
+    def size(tiers: tuple[Tier, ...]) -> int:
+        plan = _make(options, tiers, site.key_dim, site.value_dim)
+        return plan.nbytes(BUDGET_LENGTH, site.batch, site.kv_heads, site.key_dim, site.value_dim, site.dtype)
+
+    for pattern, low, high in _LADDER:
+        if size(parse_tiers(pattern.format(low))) > limit:
+            continue
+        for _ in range(10):
+            middle = (low + high) / 2
+            low, high = (middle, high) if size(parse_tiers(pattern.format(middle))) <= limit else (low, middle)
+        return parse_tiers(pattern.format(math.floor(low * 1000) / 1000))
+    least = size(parse_tiers(_LADDER[-1][0].format(_LADDER[-1][1]))) / site.dense_nbytes(BUDGET_LENGTH)
+    raise OptionError(
+        f"budget={options.budget} is below the least that window={options.resolved('window', 64)} and "
+        f"sinks={options.resolved('sinks', 4)} allow here, {least:.3f}; raise it, or lower those"
+    )
+
+
+def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
+    """Tiers of fixed token counts whose bytes never exceed this layer's part of the budget; the rest is evicted."""
+    assert isinstance(options.budget, str)
+    limit = parse_size(options.budget) / site.layers
+
+    def size(tokens: int) -> int:
+        plan = _make(options, parse_tiers(f"int8:0.0,k4v2:{tokens}"), site.key_dim, site.value_dim)
+        # The high tier overflows by up to one flush before it is relieved, and the low tier grows in chunks.
+        full = plan.fill(10**9)
+        slots = plan.capacities((full.counts[0] + plan.flush_every, full.counts[1] + full.counts[1] // GROWTH))
+        shapes = buffer_shapes(
+            plan.format, site.batch, site.kv_heads, site.key_dim, site.value_dim, slots, site.dtype
+        )
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
+
+    least = 2
+    if size(least) > limit:
+        raise OptionError(
+            f"budget={options.budget!r} is too small: the window and sinks of {site.layers} layers alone take "
+            f"{size(least) * site.layers} bytes; raise it, or lower window and sinks"
+        )
+    most = least
+    while size(most * 2) <= limit and most < 2**31:
+        most *= 2
+    low, high = most, most * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= limit else (low, middle)
+    return parse_tiers(f"int8:0.0,k4v2:{low}")
+
+
+def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> LayerPlan:
+    quantizer_name = options.resolved("quantizer", "kivi")
+    formats = []
+    for i, tier in enumerate(tiers):
+        if tier.key_bits == tier.value_bits == 16:
+            side = SideFormat(16, float_name=tier.float_name)
+            formats.append(TierFormat(side, side))
+            continue
+        made = QUANTIZERS[quantizer_name](tier.key_bits, tier.value_bits, key_dim, value_dim, i == 0)
+        made.key.check(key_dim)
+        made.value.check(value_dim)
+        formats.append(made)
+    block = max(f.block for f in formats)
+    flush = options.resolved("flush_every", max(block, 64))
+    if flush % block:
+        raise OptionError(
+            f"flush_every={flush} does not go with quantizer {quantizer_name!r}, which fills blocks of {block} tokens; "
+            f"use a multiple of {block}, or quantizer='mikv'"
+        )
+    policy = options.resolved("policy", "snapkv")
+    evicts = tiers[-1].share is not None and tiers[-1].share != 1.0
+    movable = evicts or len(tiers) > 1
+    return LayerPlan(
+        tiers=tiers,
+        format=LayerFormat(tuple(formats), accumulate=movable and POLICIES[policy].accumulate, scored=movable),
+        policy=policy,
+        window=options.resolved("window", 64),
+        sinks=options.resolved("sinks", 4),
+        recent_share=options.resolved("recent_share", 0.5 if policy == "h2o" else 0.0),
+        flush_every=flush,
+    )

@@ -1,0 +1,14 @@
+"""H2O (arXiv 2306.14048): a token's score is all the attention it has received, summed over queries and the group."""
+
+from __future__ import annotations
+
+import torch
+
+from mikv_compile.kernels.dispatch import run
+
+
+def scorer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
+) -> torch.Tensor:
+    """Column sums of the prompt's whole attention; costs as much time as the attention, and no T x T memory."""
+    return run("column_sums", q.device, q, k, mask, scale, is_causal, 0)

@@ -1,0 +1,22 @@
+"""SnapKV (arXiv 2404.14469): attention that the prompt's last queries pay, smoothed over neighbouring tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mikv_compile.kernels.dispatch import run
+
+OBSERVED_ROWS = 32
+"""Last query rows that are looked at."""
+
+KERNEL = 7
+"""Tokens of the max-pool that keeps a token's neighbours with it."""
+
+
+def scorer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
+) -> torch.Tensor:
+    """Pooled column sums over the last rows. Tokens generated later score 0: they rank below the prompt's chosen ones."""
+    sums = run("column_sums", q.device, q, k, mask, scale, is_causal, OBSERVED_ROWS)
+    return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)

@@ -1,0 +1,23 @@
+"""KIVI's quantizer (arXiv 2402.02750): keys per channel in blocks of tokens, values per token.
+
+Key outliers sit in fixed channels, so a scale per channel costs one channel its precision instead of all. Tokens of a
+block need not be neighbours: after rotary embedding attention does not care about order, so blocks are filled in
+demotion order. Tier 0 takes tokens one at a time and therefore has scales per token.
+"""
+
+from __future__ import annotations
+
+from mikv_compile.kernels.formats import SideFormat, TierFormat
+
+BLOCK = 64
+"""Tokens that share a key scale."""
+
+
+def tier_format(key_bits: int, value_bits: int, key_dim: int, value_dim: int, entry: bool) -> TierFormat:
+    """Format of a tier."""
+    key = SideFormat(key_bits, 1, key_dim) if entry else SideFormat(key_bits, BLOCK, 1)
+    return TierFormat(key, SideFormat(value_bits, 1, value_dim if entry else _value_group(value_dim)))
+
+
+def _value_group(value_dim: int) -> int:
+    return value_dim // 2 if value_dim % 2 == 0 else value_dim

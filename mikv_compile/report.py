@@ -1,0 +1,276 @@
+"""What was rewritten, what was not and why, and what a live cache weighs."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mikv_compile.handle import KVTensor
+from mikv_compile.passes import Declined
+from mikv_compile.plan import LayerPlan
+from mikv_compile.store import LayerStore
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A rewritten site."""
+
+    name: str
+    layer: int
+    phase: str
+    """``"prefill"`` where the cache is born, ``"decode"`` where it grows."""
+    form: str
+    groups: int
+    plan: LayerPlan
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.name} ({self.phase}, {self.form}, {self.groups} query heads per KV head)"
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What happened to one traced graph."""
+
+    attentions: int
+    """Attention calls in a supported form."""
+    rewritten: tuple[SiteReport, ...]
+    declined: tuple[Declined, ...]
+    lower: str
+
+    def __str__(self) -> str:
+        phases = collections.Counter(s.phase for s in self.rewritten)
+        kinds = ", ".join(f"{n} {phase}" for phase, n in phases.items()) or "none"
+        lines = [f"{self.attentions} attention calls; sites rewritten: {kinds}; lowered with {self.lower}"]
+        for (plan, phase), layers in _by_plan(self.rewritten).items():
+            lines.append(f"  layers {_ranges(layers)} ({phase}): tiers {describe(plan)}")
+        lines += [f"  declined {d}" for d in self.declined]
+        return "\n".join(lines)
+
+
+def describe(plan: LayerPlan) -> str:
+    """A plan in a line: each tier's format and share, and what goes beyond."""
+    parts = []
+    for tier, fmt in zip(plan.tiers, plan.format.tiers, strict=True):
+        share = "the rest" if tier.share is None else f"{tier.share:g}"
+        parts.append(f"{fmt.key} / {fmt.value} [{share}]")
+    text = " > ".join(parts) + (" > evicted" if plan.evicts else "")
+    if len(plan.tiers) == 1 and not plan.evicts:
+        return text
+    return f"{text}, window {plan.window}, sinks {plan.sinks}, policy {plan.policy}"
+
+
+def _by_plan(sites: tuple[SiteReport, ...]) -> dict[tuple[LayerPlan, str], list[int]]:
+    grouped: dict[tuple[LayerPlan, str], list[int]] = {}
+    for site in sites:
+        grouped.setdefault((site.plan, site.phase), []).append(site.layer)
+    return grouped
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+_graphs: collections.deque[GraphReport] = collections.deque(maxlen=256)
+_listeners: list[Callable[[GraphReport], None]] = []
+
+
+def record(report: GraphReport) -> None:
+    """Keep a graph's report and tell whoever listens."""
+    _graphs.append(report)
+    for listener in list(_listeners):
+        listener(report)
+
+
+def graph_reports() -> tuple[GraphReport, ...]:
+    """Reports of the graphs that this process has compiled with the backend, oldest first (the last 256)."""
+    return tuple(_graphs)
+
+
+@dataclass
+class Explanation:
+    """What the backend does to a model; ``print`` it."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    cache: CacheReport | None = None
+
+    @property
+    def sites(self) -> int:
+        """Rewritten sites of all graphs."""
+        return sum(len(g.rewritten) for g in self.graphs)
+
+    @property
+    def declined(self) -> list[Declined]:
+        """Everything that was left as it was."""
+        return [d for g in self.graphs for d in g.declined]
+
+    def __str__(self) -> str:
+        lines = [f"graph {i}: {g}" for i, g in enumerate(self.graphs)] or ["no graph was compiled"]
+        if self.cache is not None:
+            lines.append(str(self.cache))
+        return "\n".join(lines)
+
+
+def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Run a model once through the passes and say what they did.
+
+    Args:
+        model: a module or function.
+        args, kwargs: what to call it with. Given ``past_key_values``, or with a model that returns one, the report
+            includes the cache that the call left.
+        options: as for ``torch.compile(..., backend="mikv")``; ``lower`` is ``"eager"``, as nothing has to be fast.
+
+    The call really runs: a cache in the arguments grows by it.
+    """
+    graphs: list[GraphReport] = []
+    _listeners.append(graphs.append)
+    try:
+        compiled = torch.compile(_Fresh(model), backend="mikv", options={**(options or {}), "lower": "eager"})
+        with torch.no_grad():
+            result = compiled(*args, **kwargs)
+    finally:
+        _listeners.remove(graphs.append)
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = result
+    found = cache_report(cache)
+    return Explanation(graphs, found if found.layers else None)
+
+
+class _Fresh(torch.nn.Module):
+    """A frame of its own, so that what was compiled for the model before does not answer instead."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a live cache."""
+
+    length: int
+    tokens: tuple[int, ...]
+    """Per tier."""
+    plan: LayerPlan | None
+    """None for a layer that is dense."""
+    nbytes: int
+    dense_nbytes: int
+    dense_nbytes_16bit: int
+    fallbacks: dict[str, int]
+    recompressed: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Bytes of a live cache against its dense size."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, spare capacity included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of a dense cache of the same length in the model's dtype."""
+        return sum(layer.dense_nbytes for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """``nbytes / dense_nbytes``."""
+        return self.nbytes / max(self.dense_nbytes, 1)
+
+    @property
+    def ratio_16bit(self) -> float:
+        """The same against a dense cache with 16 bits per element, which papers compare with."""
+        return self.nbytes / max(sum(layer.dense_nbytes_16bit for layer in self.layers), 1)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Reads of the dense cache, by operation."""
+        total: collections.Counter[str] = collections.Counter()
+        for layer in self.layers:
+            total.update(layer.fallbacks)
+        return dict(total)
+
+    def __str__(self) -> str:
+        compressed = [layer for layer in self.layers if layer.plan is not None]
+        lines = [
+            f"cache of {len(self.layers)} layers, {len(compressed)} compressed: {self.nbytes:,} bytes, "
+            f"{self.ratio:.1%} of dense ({self.ratio_16bit:.1%} of a 16-bit cache)"
+        ]
+        same: dict[tuple, list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            same.setdefault((layer.plan, layer.length, layer.tokens, layer.nbytes), []).append(i)
+        for (plan, length, tokens, nbytes), members in same.items():
+            if plan is None:
+                lines.append(f"  layers {_ranges(members)}: dense, {length} tokens, {nbytes:,} bytes each")
+                continue
+            gone = length - sum(tokens)
+            split = " + ".join(map(str, tokens)) + (f" + {gone} evicted" if gone else "")
+            lines.append(f"  layers {_ranges(members)}: {split} of {length} tokens, {nbytes:,} bytes each; {describe(plan)}")
+        if self.fallbacks:
+            lines.append("  dequantized: " + ", ".join(f"{op} x{n}" for op, n in self.fallbacks.items()))
+        recompressed = sum(layer.recompressed for layer in self.layers)
+        if recompressed:
+            lines.append(f"  compressed again after cropping: {recompressed} layers")
+        return "\n".join(lines)
+
+
+def cache_report(cache: Any) -> CacheReport:
+    """Report on a cache: a transformers ``Cache``, or any nest of objects, lists, tuples and dicts of handles."""
+    layers = []
+    seen: set[int] = set()
+    for item in _walk(cache, set()):
+        if isinstance(item, KVTensor):
+            assert item.store is not None
+            if id(item.store) not in seen:
+                seen.add(id(item.store))
+                layers.append(_store_report(item.store))
+        else:
+            key, value = item
+            size = key.nbytes + value.nbytes
+            sixteen = 2 * (key.numel() + value.numel())
+            layers.append(LayerReport(key.shape[2], (), None, size, size, sixteen, {}, 0))
+    return CacheReport(tuple(layers))
+
+
+def _store_report(store: LayerStore) -> LayerReport:
+    sixteen = store.dense_nbytes * 2 // store.site.dtype.itemsize
+    return LayerReport(
+        store.length, store.counts, store.plan, store.nbytes, store.dense_nbytes, sixteen,
+        dict(store.fallbacks), store.recompressed,
+    )  # fmt: skip
+
+
+def _walk(item: Any, seen: set[int]) -> Iterator[KVTensor | tuple[torch.Tensor, torch.Tensor]]:
+    """Handles, and pairs of dense 4-D tensors, in order."""
+    if isinstance(item, KVTensor):
+        yield item
+        return
+    if item is None or isinstance(item, torch.Tensor | str | int | float | bool | torch.dtype) or id(item) in seen:
+        return
+    seen.add(id(item))
+    values = list(item.values()) if isinstance(item, dict) else None
+    if values is None:
+        values = list(item) if isinstance(item, list | tuple) else list(getattr(item, "__dict__", {}).values())
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    dense = [t for t in tensors if t.dim() == 4 and t.numel() and not isinstance(t, KVTensor)]
+    if len(dense) == 2 and dense[0].shape[:3] == dense[1].shape[:3]:
+        yield dense[0], dense[1]
+    for value in values:
+        yield from _walk(value, seen)
