@@ -1,0 +1,146 @@
+"""Small questions about one FX node, used by all recognizers."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+_METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
+_METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+_METADATA_FUNCTIONS = (torch.numel, builtins.len)
+_INPLACE_OPERATORS = tuple(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem")
+)
+
+
+def is_op(node: object, *targets: object) -> bool:
+    """Whether `node` calls one of `targets`: functions, or method names given as strings."""
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return False
+    wanted_type_is_str = node.op == "call_method"
+    return any(isinstance(target, str) == wanted_type_is_str and node.target == target for target in targets)
+
+
+def is_attribute(node: object, name: str) -> bool:
+    """Whether `node` is `getattr(tensor, name)`."""
+    return is_op(node, builtins.getattr) and len(node.args) > 1 and node.args[1] == name  # type: ignore[attr-defined]
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """The argument of a call, given by position or by keyword."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def var_arguments(node: Node, name: str) -> tuple[Any, ...]:
+    """The arguments after the tensor of `x.f(1, 2)`, `x.f((1, 2))` or `x.f(name=(1, 2))`."""
+    rest = node.args[1:] or (node.kwargs.get(name, ()),)
+    if len(rest) == 1 and isinstance(rest[0], tuple | list):
+        return tuple(rest[0])
+    return tuple(rest)
+
+
+def fake(node: object) -> torch.Tensor | None:
+    """The fake tensor that stands for a node's value, or None if the node holds no tensor or is unknown."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: object) -> tuple[Any, ...] | None:
+    """The (maybe symbolic) shape of a node's value, or None."""
+    value = fake(node)
+    return None if value is None else tuple(value.shape)
+
+
+def rank(node: object) -> int | None:
+    """The number of dimensions of a node's value, or None."""
+    value = fake(node)
+    return None if value is None else value.dim()
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a plain Python number: not a bool, not symbolic, not a node."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two maybe symbolic sizes are equal for sure; adds no guard."""
+    return statically_known_true(a == b)
+
+
+def known_different(a: Any, b: Any) -> bool:
+    """Whether two maybe symbolic sizes differ for sure; adds no guard."""
+    return statically_known_true(a != b)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether the values of two nodes have the same shape for sure."""
+    left, right = shape_of(a), shape_of(b)
+    return (
+        left is not None
+        and right is not None
+        and len(left) == len(right)
+        and all(known_equal(x, y) for x, y in zip(left, right, strict=True))
+    )
+
+
+def same_kind(a: Node, b: Node) -> bool:
+    """Whether the values of two nodes have the same dtype and device."""
+    left, right = fake(a), fake(b)
+    return left is not None and right is not None and left.dtype == right.dtype and left.device == right.device
+
+
+def is_metadata(node: Node) -> bool:
+    """Whether a node reads the size, dtype or device of a tensor, and not its values."""
+    if node.op == "call_method":
+        return node.target in _METADATA_METHODS
+    if is_op(node, *_METADATA_FUNCTIONS):
+        return True
+    return any(is_attribute(node, name) for name in _METADATA_ATTRIBUTES)
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node changes one of its arguments; errs on the side of True."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return is_op(node, *_INPLACE_OPERATORS) or (
+        node.op in ("call_method", "call_function")
+        and isinstance(name, str)
+        and name.endswith("_")
+        and not name.endswith("__")
+    )
+
+
+def output_values(graph: Graph) -> tuple[Any, ...]:
+    """The graph's flat output tuple; empty if the graph returns something else."""
+    values = graph.output_node().args[0]
+    return tuple(values) if isinstance(values, tuple | list) else ()
+
+
+def output_positions(node: Node) -> tuple[int, ...]:
+    """Where a node's value appears in its graph's output tuple."""
+    return tuple(i for i, value in enumerate(output_values(node.graph)) if value is node)
+
+
+def source_name(node: Node | None) -> str | None:
+    """Where Dynamo found a placeholder's value, such as `L['past'].layers[0].keys`; None if unknown."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    if callable(name):  # a method up to torch 2.9, a property since
+        name = name()
+    return name if isinstance(name, str) else None
+
+
+def names(nodes: Iterable[Node]) -> str:
+    """Node names for a message: `a`, `b`."""
+    return ", ".join(f"`{node.name}`" for node in nodes)
