@@ -42,6 +42,12 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
+def softmax_rows(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension; 0 for a row that may attend to nothing, NaN where a score is NaN."""
+    nothing = scores.amax(dim=-1, keepdim=True) == float("-inf")
+    return scores.softmax(dim=-1).masked_fill(nothing, 0.0)
+
+
 def tier_scores(
     rows_q: torch.Tensor,
     tier: TierBuffers,
@@ -103,9 +109,7 @@ def attend(
     values.append(v.float())
     scores = torch.cat(parts, dim=-1)
     lse = scores.logsumexp(dim=-1)
-    # A row whose scores are all -inf has lse -inf: its weights are exp(-inf - 0) = 0.
-    weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
-    out = weights @ torch.cat(values, dim=2)
+    out = softmax_rows(scores) @ torch.cat(values, dim=2)
     return out.reshape(batch, heads, rows, value_dim).to(q.dtype), lse.reshape(batch, heads, rows)
 
 
@@ -162,17 +166,15 @@ def column_sums(
     batch, heads, rows, _ = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]
     total = torch.zeros(batch, kv_heads, tokens, device=q.device)
-    keys = k.float().repeat_interleave(heads // kv_heads, dim=1).transpose(2, 3)
+    keys = k.float().transpose(2, 3)
     first = max(rows - last_rows, 0) if last_rows else 0
     for begin in range(first, rows, ROW_CHUNK):
         end = min(begin + ROW_CHUNK, rows)
-        scores = q[:, :, begin:end].float() @ keys * scale
+        scores = (pack_rows(q[:, :, begin:end], kv_heads) @ keys * scale).view(batch, heads, end - begin, tokens)
         if mask is not None:
             scores = _masked(scores, mask if mask.shape[-2] == 1 else mask[..., begin:end, :])
         if is_causal:
             row = torch.arange(begin, end, device=q.device)[:, None]
             scores = scores.masked_fill(torch.arange(tokens, device=q.device) > row, float("-inf"))
-        # A row that may attend to nothing has lse -inf and adds exp(-inf - 0) = 0.
-        weights = (scores - scores.logsumexp(dim=-1, keepdim=True).nan_to_num(neginf=0.0)).exp()
-        total += weights.sum(dim=2).reshape(batch, kv_heads, -1, tokens).sum(dim=2)
+        total += softmax_rows(scores).reshape(batch, kv_heads, -1, tokens).sum(dim=2)
     return total

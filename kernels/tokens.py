@@ -7,7 +7,7 @@ import torch
 from mikv_compile.kernels.formats import SideBuffers, SideFormat, TierBuffers, TierFormat
 from mikv_compile.kernels.quantize import dequantize, quantize
 
-CHUNK = 1024
+CHUNK = 256
 """Tokens gathered and quantized at a time: bounds the copies that compressing a long prompt makes."""
 
 

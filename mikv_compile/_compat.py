@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mikv_compile.errors import MikvError
+
 
 def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
     """Compile C++ with the toolchain of Inductor's CPU backend and load the result.
@@ -46,8 +48,20 @@ def make_wrapper(
 
 def fake_dense(handle: Any) -> torch.Tensor:
     """The dense fake tensor that a fake handle stands for."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(handle.anchor, FakeTensor):
+        raise traced_elsewhere("reading")
     with handle.anchor.fake_mode:
         return torch.empty(handle.shape, dtype=handle.dtype, device=handle.anchor.device)
+
+
+def traced_elsewhere(operation: str) -> MikvError:
+    """The error for a compiler that looks inside a handle."""
+    return MikvError(
+        f"a compiler traces {operation} of a compressed KV cache, but only graphs compiled with backend='mikv' can read "
+        "one; compile this function with it too, or pass it handle.dequantize()"
+    )
 
 
 def growing_fake(

@@ -13,7 +13,7 @@ from mikv_compile.errors import OptionError
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Keys need about two bits more than values; see docs/architecture.md for what the figures rest on.
-    "mikv": {"tiers": "int8:0.05,k4v2", "policy": "snapkv", "quantizer": "kivi"},
+    "mikv": {"tiers": "int8:0.02,k4v2", "policy": "snapkv", "quantizer": "kivi"},
     # MiKV as published (arXiv 2402.18096): half of the 20 % are heavy hitters, half are recent; per-step demotion.
     "mikv-paper": {
         "tiers": "fp:0.2,int2",
@@ -66,7 +66,7 @@ class Options:
     )
     tiers: str | None = field(
         default=None,
-        metadata={"help": "tiers by hand, highest precision first: 'int8:0.05,k4v2'; tokens beyond all shares go"},
+        metadata={"help": "tiers by hand, highest precision first: 'int8:0.02,k4v2'; tokens beyond all shares go"},
     )
     layers: str | None = field(
         default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"}

@@ -55,12 +55,28 @@ class KVTensor(torch.Tensor):
         """The dense tensor: [B, H_kv, T, D] in the model's dtype."""
         return self._real_store("dequantize").dequantize(self.role, self.shape[2])
 
+    def _is_view(self) -> bool:
+        """Never: autograd marks what slicing returns as a view, but a handle has no storage to be a view of."""
+        return False
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _refused("assignment to a slice")
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Repeat batch rows on the compressed data; torch would split the operation into views and a copy."""
+        if self.store is not None and isinstance(repeats, int) and dim in (0, -4):
+            store = self.store
+
+            def make() -> LayerStore:
+                rows = store.site.batch * repeats
+                return store.map(lambda b: b.repeat_interleave(repeats, dim=0), rows, store.device)
+
+            return _rebound(self, store.derive(("repeat", repeats), make))
+        return super().repeat_interleave(repeats, dim=dim, **kwargs)
+
     def _real_store(self, operation: str) -> LayerStore:
         if self.store is None:
-            raise MikvError(
-                f"a compiler traces {operation} on a compressed KV cache, but only graphs compiled with backend='mikv' "
-                "can read one; compile this function with it too, or pass it handle.dequantize()"
-            )
+            raise _compat.traced_elsewhere(operation)
         return self.store
 
     def __repr__(self, **_: Any) -> str:
@@ -96,15 +112,11 @@ class KVTensor(torch.Tensor):
             if result is not None:
                 return result
         _refuse_writes(func, args, kwargs)
+        if first is not None and first.store is not None and func.is_view:
+            # A view of dequantized values: writing into it would be lost as well.
+            return func(_dequantized(first, func), *args[1:], **kwargs).as_subclass(DequantizedView)
 
-        def dense(handle: KVTensor) -> torch.Tensor:
-            if handle.store is None:
-                return _compat.fake_dense(handle)
-            handle.store.count_fallback(str(func))
-            log.info("%s reads a compressed cache: dequantized", func)
-            return handle.dequantize()
-
-        args, kwargs = tree_map_only(KVTensor, dense, (args, kwargs))
+        args, kwargs = tree_map_only(KVTensor, lambda handle: _dequantized(handle, func), (args, kwargs))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVTensor:
@@ -120,16 +132,50 @@ class KVTensor(torch.Tensor):
         raise MikvError("a compressed KV cache cannot be pickled; save what handle.dequantize() returns")
 
 
+class DequantizedView(torch.Tensor):
+    """A view of a handle's dequantized values that can be read, and refuses writes, which would not reach the store."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], DequantizedView):
+            in_place = name.endswith("_") and not name.endswith("__")
+            if in_place or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
+                raise _refused(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+
+        def keep_views(value: torch.Tensor) -> torch.Tensor:
+            return value.as_subclass(DequantizedView if value._base is not None else torch.Tensor)
+
+        return tree_map_only(torch.Tensor, keep_views, result)
+
+
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
+
+
+def _dequantized(handle: KVTensor, func: Any) -> torch.Tensor:
+    if handle.store is None:
+        return _compat.fake_dense(handle)
+    handle.store.count_fallback(str(func))
+    log.info("%s reads a compressed cache: dequantized", func)
+    return handle.dequantize()
+
+
+def _refused(operation: str) -> MikvError:
+    return MikvError(
+        f"{operation} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, or "
+        "replace the layer's tensors by handle.dequantize() first"
+    )
+
+
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     """A write into dequantized values would be lost."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, KVTensor):
-            raise MikvError(
-                f"{func} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, "
-                "or replace the layer's tensors by handle.dequantize() first"
-            )
+            raise _refused(str(func))
     if isinstance(kwargs.get("out"), KVTensor):
-        raise MikvError(f"{func} writes its result into a compressed KV cache")
+        raise _refused(str(func))
 
 
 def _rebound(handle: KVTensor, store: LayerStore) -> KVTensor:
@@ -186,18 +232,6 @@ def _slice(
     return None
 
 
-def _repeat_rows(handle: KVTensor, repeats: int, dim: int | None = None, **_: Any) -> KVTensor | None:
-    if dim not in (0, -4) or not isinstance(repeats, int):
-        return None
-    store = handle._real_store("repeat_interleave")
-
-    def make() -> LayerStore:
-        batch = store.site.batch * repeats
-        return store.map(lambda b: b.repeat_interleave(repeats, dim=0), batch, store.device)
-
-    return _rebound(handle, store.derive(("repeat", repeats), make))
-
-
 def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: Any) -> KVTensor | None:
     """Move to another device; a change of dtype needs the dense values."""
     if dtype not in (None, handle.dtype):
@@ -218,7 +252,6 @@ _HANDLED = {
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.slice.Tensor: _slice,
-    aten.repeat_interleave.self_int: _repeat_rows,
     aten._to_copy.default: _to_copy,
 }
 

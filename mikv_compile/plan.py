@@ -21,10 +21,10 @@ from mikv_compile.quantizers import QUANTIZERS
 _UNIFORM_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 _FLOATS = ("fp", "bf16", "fp16")
 
-GROWTH = 16
-"""A tier that is full grows by 1/16, so at most 6 % of it is spare."""
+GROWTH = 32
+"""A tier that is full grows by 1/32, or by one step, so little of a long cache is spare."""
 
-SLOT_STEP = 64
+SLOT_STEP = 32
 """Capacities are multiples of this many slots, or of a tier's block."""
 
 
@@ -190,7 +190,7 @@ class LayerPlan:
             if count <= have:
                 slots.append(have)
                 continue
-            step = max(fmt.block, SLOT_STEP if i == 0 else fmt.block)
+            step = max(fmt.block, SLOT_STEP)
             room = count if old is None else max(count, have + have // GROWTH)
             slots.append(-(-room // step) * step)
         return tuple(slots)

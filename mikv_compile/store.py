@@ -126,6 +126,14 @@ class LayerStore:
         return sum(b.untyped_storage().nbytes() for b in self.buffers)
 
     @property
+    def coded_nbytes(self) -> int:
+        """Bytes of the used slots' codes, scales and zeros alone: what papers count as the size of a cache."""
+        total = 0
+        for tier, count, capacity in zip(self.typed().tiers, self.counts, self.capacities, strict=True):
+            total += sum(b.nbytes * count // capacity for side in (tier.key, tier.value) for b in side if capacity)
+        return total
+
+    @property
     def dense_nbytes(self) -> int:
         """Bytes of the dense keys and values of the same length in the model's dtype."""
         return self.site.dense_nbytes(self.length)

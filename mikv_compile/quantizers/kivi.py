@@ -12,12 +12,11 @@ from mikv_compile.kernels.formats import SideFormat, TierFormat
 BLOCK = 64
 """Tokens that share a key scale."""
 
+GROUP = 64
+"""Channels of a token that share a value scale; the whole head where 64 does not divide it."""
+
 
 def tier_format(key_bits: int, value_bits: int, key_dim: int, value_dim: int, entry: bool) -> TierFormat:
     """Format of a tier."""
     key = SideFormat(key_bits, 1, key_dim) if entry else SideFormat(key_bits, BLOCK, 1)
-    return TierFormat(key, SideFormat(value_bits, 1, value_dim if entry else _value_group(value_dim)))
-
-
-def _value_group(value_dim: int) -> int:
-    return value_dim // 2 if value_dim % 2 == 0 else value_dim
+    return TierFormat(key, SideFormat(value_bits, 1, GROUP if value_dim % GROUP == 0 else value_dim))
