@@ -1,0 +1,57 @@
+"""Imports in processes of their own: the folder called kernels, entry point, logs, and what importing costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, cwd=ROOT, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_transformers_imports_in_the_repository_root():
+    pytest.importorskip("transformers")
+    code = "from transformers import LlamaForCausalLM; import kernels; print(kernels.__version__, LlamaForCausalLM)"
+    assert python(code).startswith("0 <class")
+
+
+def test_the_real_package_kernels_is_handed_over(tmp_path):
+    pytest.importorskip("transformers")
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from kernels.inner import WHO\n__version__ = '9.9'\n")
+    (package / "inner.py").write_text("WHO = 'the real one'\n")
+    code = (
+        "import kernels; from transformers import LlamaForCausalLM; import mikv_compile.kernels.ops;"
+        "print(kernels.WHO, kernels.__version__, mikv_compile.kernels.__name__)"
+    )
+    assert python(code, PYTHONPATH=str(tmp_path)).strip() == "the real one 9.9 mikv_compile.kernels"
+
+
+def test_backend_is_found_without_an_import(tmp_path):
+    code = (
+        "import torch; f = torch.compile(lambda x: x + 1, backend='mikv', options={'lower': 'eager'});"
+        "print(f(torch.ones(2)).tolist())"
+    )
+    assert "[2.0, 2.0]" in python(code, cwd=tmp_path)
+
+
+def test_importing_the_package_imports_neither_torch_nor_anything_slow():
+    code = "import sys, mikv_compile; print('torch' in sys.modules, mikv_compile.__version__)"
+    assert python(code).startswith("False")
+
+
+def test_torch_logs(tmp_path):
+    code = (
+        "import torch; f = torch.compile(lambda x: x + 1, backend='mikv', options={'lower': 'eager'}); f(torch.ones(2))"
+    )
+    assert "attention calls" in python(code, cwd=tmp_path, TORCH_LOGS="+mikv_compile")
