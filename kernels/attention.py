@@ -26,9 +26,7 @@ def _used(side: SideBuffers, tokens: int, count: int) -> SideBuffers:
     return SideBuffers(side.codes[:, :, :count], side.scales[:, :, :blocks], side.zeros[:, :, :blocks])
 
 
-def _mask_columns(
-    mask: torch.Tensor, positions: torch.Tensor, heads: int, rows: int
-) -> torch.Tensor:
+def _mask_columns(mask: torch.Tensor, positions: torch.Tensor, heads: int, rows: int) -> torch.Tensor:
     """The mask of each packed row at the given positions: [B, H_kv, G * R, N], dtype of ``mask``."""
     batch, kv_heads, count = positions.shape
     full = mask.expand(batch, heads, rows, mask.shape[-1])
@@ -96,9 +94,7 @@ def attend(
     parts, values = [], []
     for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
         if count:
-            parts.append(
-                tier_scores(rows_q, tier, tier_fmt.key, count, buffers.balancer, mask, scale, heads, rows)
-            )
+            parts.append(tier_scores(rows_q, tier, tier_fmt.key, count, buffers.balancer, mask, scale, heads, rows))
             values.append(dequantize(_used(tier.value, tier_fmt.value.tokens, count), tier_fmt.value, value_dim))
     own = rows_q @ k.float().transpose(2, 3) * scale
     own_mask = None
@@ -138,9 +134,7 @@ def add_scores(
     rows_q = pack_rows(q, kv_heads)
     norm = lse.reshape(batch, kv_heads, -1, 1).nan_to_num(neginf=0.0)
     if count:
-        old = tier_scores(
-            rows_q, buffers.tiers[0], fmt.tiers[0].key, count, buffers.balancer, mask, scale, heads, rows
-        )
+        old = tier_scores(rows_q, buffers.tiers[0], fmt.tiers[0].key, count, buffers.balancer, mask, scale, heads, rows)
         buffers.scores[:, :, :count] += (old - norm).exp().sum(dim=2)
     own_mask = None
     if mask is not None:

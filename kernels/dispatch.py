@@ -78,7 +78,7 @@ def backend_for(device: torch.device) -> str:
     return "triton" if has_triton() else "reference"
 
 
-def run(primitive: str, device: torch.device, *args):  # noqa: ANN002, ANN201
+def run(primitive: str, device: torch.device, *args):
     """Call a primitive on the best implementation for ``device``.
 
     A kernel that cannot be built is replaced by the reference for the rest of the process, with one warning.

@@ -47,23 +47,23 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask
 
 
-def _importance(q, k, v, mask, scale, is_causal, policy):  # noqa: ANN001, ANN202
+def _importance(q, k, v, mask, scale, is_causal, policy):
     return scoring.score(policy, q, k, v, _four_dims(mask), scale, is_causal)
 
 
-def _compress(q, k, v, scores, buffers, orders, format):  # noqa: ANN001, ANN202
+def _compress(q, k, v, scores, buffers, orders, format):
     fmt = LayerFormat.parse(format)
     store_ops.compress(q, k, v, scores, StoreBuffers.from_list(buffers), fmt, Orders.decode(orders, len(fmt.tiers)))
 
 
-def _attend(q, k, v, mask, scale, buffers, orders, format):  # noqa: ANN001, ANN202
+def _attend(q, k, v, mask, scale, buffers, orders, format):
     fmt = LayerFormat.parse(format)
     told = Orders.decode(orders, len(fmt.tiers))
     stored = StoreBuffers.from_list(buffers)
     return run("attend", q.device, q, k, v, _four_dims(mask), scale, stored, fmt, told.counts, told.length)
 
 
-def _update(q, k, v, lse, mask, scale, buffers, orders, format):  # noqa: ANN001, ANN202
+def _update(q, k, v, lse, mask, scale, buffers, orders, format):
     fmt = LayerFormat.parse(format)
     told = Orders.decode(orders, len(fmt.tiers))
     store_ops.update(q, k, v, lse, _four_dims(mask), scale, StoreBuffers.from_list(buffers), fmt, told)
@@ -79,20 +79,20 @@ for _name, _impl in (
 
 
 @torch.library.register_fake("mikv::importance_v1", lib=_library)
-def _(q, k, v, mask, scale, is_causal, policy):  # noqa: ANN001, ANN202
+def _(q, k, v, mask, scale, is_causal, policy):
     return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("mikv::compress_v1", lib=_library)
-def _(q, k, v, scores, buffers, orders, format):  # noqa: ANN001, ANN202
+def _(q, k, v, scores, buffers, orders, format):
     return None
 
 
 @torch.library.register_fake("mikv::attend_v1", lib=_library)
-def _(q, k, v, mask, scale, buffers, orders, format):  # noqa: ANN001, ANN202
+def _(q, k, v, mask, scale, buffers, orders, format):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("mikv::update_v1", lib=_library)
-def _(q, k, v, lse, mask, scale, buffers, orders, format):  # noqa: ANN001, ANN202
+def _(q, k, v, lse, mask, scale, buffers, orders, format):
     return None

@@ -31,6 +31,6 @@ def register_scorer(name: str, scorer: Scorer) -> None:
     _SCORERS[name] = scorer
 
 
-def score(name: str, *args) -> torch.Tensor:  # noqa: ANN002
+def score(name: str, *args) -> torch.Tensor:
     """Run a registered scorer."""
     return _SCORERS[name](*args)

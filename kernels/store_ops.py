@@ -13,7 +13,7 @@ from mikv_compile.kernels.quantize import channel_balancer
 
 
 def _protect(scores: torch.Tensor, positions: torch.Tensor, orders: Orders) -> torch.Tensor:
-    """Scores with sinks and recent tokens lifted above all others. NaN counts as most important: it is never dropped."""
+    """Scores with sinks and recent tokens lifted above all others. NaN counts as most important: never dropped."""
     held = (positions < orders.sinks) | (positions >= orders.recent_from)
     return scores.nan_to_num(nan=float("inf")).masked_fill(held, float("inf"))
 

@@ -15,9 +15,7 @@ def _select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
-def _write_side(
-    side: SideBuffers, fmt: SideFormat, start: int, x: torch.Tensor, balancer: torch.Tensor | None
-) -> None:
+def _write_side(side: SideBuffers, fmt: SideFormat, start: int, x: torch.Tensor, balancer: torch.Tensor | None) -> None:
     stop = start + x.shape[2]
     if fmt.is_float:
         side.codes[:, :, start:stop] = x
@@ -81,12 +79,7 @@ def _read_side(side: SideBuffers, fmt: SideFormat, index: torch.Tensor, dim: int
 
 
 def read_tokens(
-    tier: TierBuffers,
-    fmt: TierFormat,
-    index: torch.Tensor,
-    key_dim: int,
-    value_dim: int,
-    balancer: torch.Tensor | None,
+    tier: TierBuffers, fmt: TierFormat, index: torch.Tensor, key_dim: int, value_dim: int, balancer: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize the slots ``index`` [B, H_kv, N] int64 of a tier.
 

@@ -35,6 +35,7 @@ def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
         raise RuntimeError(f"C++ library {name!r}: Inductor returned {type(library).__name__} instead of a CDLL")
     return library
 
+
 no_torch_function = torch._C._disabled_torch_function_impl
 """A tensor subclass with this as ``__torch_function__`` is seen by ``__torch_dispatch__`` only."""
 
@@ -59,8 +60,8 @@ def fake_dense(handle: Any) -> torch.Tensor:
 def traced_elsewhere(operation: str) -> MikvError:
     """The error for a compiler that looks inside a handle."""
     return MikvError(
-        f"a compiler traces {operation} of a compressed KV cache, but only graphs compiled with backend='mikv' can read "
-        "one; compile this function with it too, or pass it handle.dequantize()"
+        f"a compiler traces {operation} of a compressed KV cache, but only graphs compiled with backend='mikv' can "
+        "read one; compile this function with it too, or pass it handle.dequantize()"
     )
 
 
@@ -72,7 +73,7 @@ def growing_fake(
 
     sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(len(shape))]
     example = torch.empty(shape, dtype=dtype, device=device)
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return fake_mode.from_tensor(example, symbolic_context=context, source=source)
 
 

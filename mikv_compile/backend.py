@@ -28,11 +28,7 @@ generate.install()
 
 
 def mikv(
-    gm: GraphModule,
-    example_inputs: list[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
+    gm: GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph so that its KV caches stay compressed.
 
@@ -69,8 +65,9 @@ def _select(
     analysis: Analysis, gm: GraphModule, planner: Planner, sizes: SizeReader
 ) -> tuple[list[PlannedSite], list[Declined]]:
     """Sites to rewrite with their plans."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
     records_grad = torch.is_grad_enabled() and any(
-        getattr(node.meta.get("example_value"), "requires_grad", False) for node in gm.graph.find_nodes(op="placeholder")
+        getattr(node.meta.get("example_value"), "requires_grad", False) for node in placeholders
     )
     if records_grad:
         reason = "the call records gradients, which a compressed cache has none of; wrap it in torch.no_grad()"

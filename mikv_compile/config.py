@@ -68,9 +68,7 @@ class Options:
         default=None,
         metadata={"help": "tiers by hand, highest precision first: 'int8:0.02,k4v2'; tokens beyond all shares go"},
     )
-    layers: str | None = field(
-        default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"}
-    )
+    layers: str | None = field(default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"})
     policy: str | None = field(default=None, metadata={"help": "what scores tokens: snapkv, h2o, recent"})
     quantizer: str | None = field(default=None, metadata={"help": "how tokens become codes: kivi, mikv"})
     window: int | None = field(default=None, metadata={"help": "newest tokens that always stay in the high tier"})

@@ -18,7 +18,7 @@ import torch
 
 from mikv_compile import _compat
 
-_active: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextvars.ContextVar("mikv_active", default={})
+_active: contextvars.ContextVar[Mapping[int, Callable[..., Any]]] = contextvars.ContextVar("mikv_active")
 """Compiled calls of the modules whose methods run in this context, by the module's id."""
 
 _lock = threading.Lock()
@@ -75,7 +75,7 @@ def _calls_compiled(wrapper: Any) -> Iterator[None]:
     if module is None:
         yield
         return
-    token = _active.set({**_active.get(), id(module): _compiled_call(wrapper)})
+    token = _active.set({**_active.get({}), id(module): _compiled_call(wrapper)})
     try:
         yield
     finally:
@@ -92,7 +92,7 @@ def _is_ours(module: torch.nn.Module) -> bool:
 
 
 def _choose(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _active.get().get(id(module), module._call_impl)(*args, **kwargs)
+    return _active.get({}).get(id(module), module._call_impl)(*args, **kwargs)
 
 
 def _compiled_call(wrapper: Any) -> Callable[..., Any]:

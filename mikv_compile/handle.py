@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ class KVTensor(torch.Tensor):
     store: LayerStore | None
     """The layer's store; None while a compiler looks at a fake handle."""
     role: Role
+    _plan: LayerPlan
     anchor: torch.Tensor
 
-    __torch_function__ = _compat.no_torch_function
+    __torch_function__ = _compat.no_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, store: LayerStore, role: Role, length: int | None = None) -> KVTensor:
@@ -79,7 +81,7 @@ class KVTensor(torch.Tensor):
             raise _compat.traced_elsewhere(operation)
         return self.store
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.store is None:
             return f"KVTensor({self.role}, {tuple(self.shape)}, fake)"
         return (
@@ -92,10 +94,7 @@ class KVTensor(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor],
-        context: tuple[Role, LayerPlan, torch.dtype],
-        outer_size: Any,
-        outer_stride: Any,
+        inner: dict[str, torch.Tensor], context: tuple[Role, LayerPlan, torch.dtype], outer_size: Any, outer_stride: Any
     ) -> KVTensor:
         role, plan, dtype = context
         self = _compat.make_wrapper(KVTensor, outer_size, dtype, inner["anchor"].device, outer_stride)
@@ -103,7 +102,9 @@ class KVTensor(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], KVTensor) else None
         if first is not None and first.store is not None:
@@ -164,8 +165,8 @@ def _dequantized(handle: KVTensor, func: Any) -> torch.Tensor:
 
 def _refused(operation: str) -> MikvError:
     return MikvError(
-        f"{operation} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, or "
-        "replace the layer's tensors by handle.dequantize() first"
+        f"{operation} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, "
+        "or replace the layer's tensors by handle.dequantize() first"
     )
 
 
@@ -245,7 +246,7 @@ def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: An
     return _rebound(handle, store.derive(("to", target), make))
 
 
-_HANDLED = {
+_HANDLED: dict[Any, Callable[..., KVTensor | None]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _clone,
@@ -254,4 +255,3 @@ _HANDLED = {
     aten.slice.Tensor: _slice,
     aten._to_copy.default: _to_copy,
 }
-

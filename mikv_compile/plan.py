@@ -53,8 +53,8 @@ class Tier:
 def parse_tiers(text: str) -> tuple[Tier, ...]:
     """Parse a tier list: ``FORMAT[:SHARE]``, comma-separated, highest precision first.
 
-    FORMAT is ``fp``, ``bf16``, ``fp16``, ``int8``, ``int4``, ``int3``, ``int2``, or keys and values apart, as in ``k4v2``
-    and ``k16v8``. SHARE is a fraction of all tokens (``0.2``) or a number of tokens (``512``). Without one, the last
+    FORMAT is ``fp``, ``bf16``, ``fp16``, ``int8``, ``int4``, ``int3``, ``int2``, or keys and values apart, as in
+    ``k4v2`` and ``k16v8``. SHARE is a fraction of all tokens (``0.2``) or a number of tokens (``512``). Without one, the last
     tier takes all tokens that are left; when every tier has a share, tokens beyond all shares are evicted.
 
     Raises:
@@ -195,7 +195,6 @@ class LayerPlan:
             slots.append(-(-room // step) * step)
         return tuple(slots)
 
-
     def nbytes(self, length: int, batch: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
         """Bytes of all buffers after a prompt of ``length`` tokens, spare capacity included."""
         slots = self.capacities(self.fill(length).counts)
@@ -231,7 +230,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a budget has to know of a layer: B, H_kv, D of keys and of values, the dtype, and how many layers share it."""
+    """What a budget has to know of a layer: B, H_kv, D of keys and of values, dtype, and how many layers share it."""
 
     batch: int
     kv_heads: int
@@ -292,9 +291,7 @@ def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
         # The high tier overflows by up to one flush before it is relieved, and the low tier grows in chunks.
         full = plan.fill(10**9)
         slots = plan.capacities((full.counts[0] + plan.flush_every, full.counts[1] + full.counts[1] // GROWTH))
-        shapes = buffer_shapes(
-            plan.format, site.batch, site.kv_heads, site.key_dim, site.value_dim, slots, site.dtype
-        )
+        shapes = buffer_shapes(plan.format, site.batch, site.kv_heads, site.key_dim, site.value_dim, slots, site.dtype)
         return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
 
     least = 2

@@ -232,7 +232,8 @@ class CacheReport:
                 continue
             gone = length - sum(tokens)
             split = " + ".join(map(str, tokens)) + (f" + {gone} evicted" if gone else "")
-            lines.append(f"  layers {_ranges(members)}: {split} of {length} tokens, {nbytes:,} bytes each; {describe(plan)}")
+            size = f"{split} of {length} tokens, {nbytes:,} bytes each"
+            lines.append(f"  layers {_ranges(members)}: {size}; {describe(plan)}")
         if self.fallbacks:
             lines.append("  dequantized: " + ", ".join(f"{op} x{n}" for op, n in self.fallbacks.items()))
         recompressed = sum(layer.recompressed for layer in self.layers)

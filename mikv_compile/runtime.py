@@ -50,12 +50,14 @@ class CompressedGraph:
         self._sites = sites
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """Run the graph on Dynamo's arguments; the caller's handles stay as they were until it has succeeded."""
         stores: list[tuple[SiteCall, LayerStore, Orders, int]] = []
         inputs = [_dense(args[i]) for i in self._kept]
         encoded: dict[Orders, torch.Tensor] = {}
         for site in self._sites:
             new = site.new_tokens(args)
-            store, orders = _new_store(site, args, new) if site.rewritten.key_input is None else _old_store(site, args, new)
+            prepare = _new_store if site.rewritten.key_input is None else _old_store
+            store, orders = prepare(site, args, new)
             stores.append((site, store, orders, new))
         for _, store, orders, _ in stores:
             if orders not in encoded:
@@ -103,6 +105,7 @@ def _old_store(site: SiteCall, args: Sequence[Any], new: int) -> tuple[LayerStor
 
 def _joined(key: KVTensor, value: KVTensor) -> LayerStore:
     """The one store behind two handles."""
+    assert key.store is not None and value.store is not None
     if key.store is value.store and key.shape[2] == value.shape[2]:
         return key.store
     # Keys and values went different ways, such as a copy of one of them: start a new store from both.
@@ -135,6 +138,6 @@ def _abandon(stores: Sequence[tuple[SiteCall, LayerStore, Orders, int]]) -> None
     for site, store, orders, _ in stores:
         if site.rewritten.key_input is not None and orders.victims:
             store.spoil(
-                "an error interrupted the step that was moving this cache's tokens between tiers, so it may hold half of "
-                "a step; start again from the prompt"
+                "an error interrupted the step that was moving this cache's tokens between tiers, so it may hold half "
+                "of a step; start again from the prompt"
             )

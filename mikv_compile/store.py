@@ -146,8 +146,12 @@ class LayerStore:
 
     def register(self, handle: KVTensor) -> None:
         """Remember a living handle, to tell branches of a cache from its one continuation."""
-        key = id(handle)
-        self._handles[key] = weakref.ref(handle, lambda _, handles=self._handles: handles.pop(key, None))
+        key, handles = id(handle), self._handles
+
+        def forget(_: object) -> None:
+            handles.pop(key, None)
+
+        handles[key] = weakref.ref(handle, forget)
 
     def continued_from(self, handles: tuple[KVTensor, ...]) -> LayerStore:
         """The store that a call may append to, given the handles that it was called with.
@@ -177,8 +181,8 @@ class LayerStore:
         if self.evicted:
             raise EvictedTokensError(
                 f"{self.evicted} of {self.length} tokens were evicted by the plan, so there is no dense cache to read. "
-                "Use a plan that keeps all tokens (tiers whose last entry has no share), or leave the cache to compiled "
-                "calls"
+                "Use a plan that keeps all tokens (tiers whose last entry has no share), or leave the cache to "
+                "compiled calls"
             )
         s = self.site
         dim = s.key_dim if role == "key" else s.value_dim
@@ -309,4 +313,3 @@ class LayerStore:
         self.recompressed += 1
         self.counts, self.length = orders.counts, length
         self._exact_from = self.plan.recent_from(length)
-

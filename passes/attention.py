@@ -14,10 +14,7 @@ from mikv_compile.passes.report import Declined
 
 __all__ = ["ATTENTION_RECOGNIZERS", "Attention", "find_attentions"]
 
-ATTENTION_RECOGNIZERS = (
-    attention_sdpa.recognize,
-    attention_eager.recognize,
-)
+ATTENTION_RECOGNIZERS = (attention_sdpa.recognize, attention_eager.recognize)
 """Functions `node -> Attention | Declined | None`; None means: not this idiom."""
 
 

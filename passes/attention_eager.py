@@ -14,16 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import (
-    argument,
-    fake,
-    is_number,
-    is_op,
-    names,
-    output_positions,
-    rank,
-    same_kind,
-)
+from mikv_compile.passes.node_utils import argument, fake, is_number, is_op, names, output_positions, rank, same_kind
 from mikv_compile.passes.records import Attention
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.views import is_cast, is_key_transpose, is_noop_cast, view_input

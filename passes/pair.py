@@ -8,14 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import (
-    known_different,
-    known_equal,
-    names,
-    shape_of,
-    source_name,
-    writes_in_place,
-)
+from mikv_compile.passes.node_utils import known_different, known_equal, names, shape_of, source_name, writes_in_place
 from mikv_compile.passes.records import Attention, CacheUpdate, Site
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.views import NotAView, ViewPath, trace_to_source, view_input

@@ -28,9 +28,14 @@ def prompt(batch=1, tokens=20):
 
 def generate(model, ids, tokens=12, **kwargs):
     out = model.generate(
-        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, pad_token_id=0,
+        ids,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        pad_token_id=0,
         **kwargs,
-    )  # fmt: skip
+    )
     return out.sequences, out.past_key_values
 
 

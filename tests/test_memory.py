@@ -1,4 +1,4 @@
-"""Peak during prefill: all compressed bytes, one layer's dense keys and values, and what attention itself works with."""
+"""Peak during prefill: all compressed bytes, one layer's dense keys and values, and attention's own work."""
 
 import pytest
 import torch

@@ -17,6 +17,6 @@ KERNEL = 7
 def scorer(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
 ) -> torch.Tensor:
-    """Pooled column sums over the last rows. Tokens generated later score 0: they rank below the prompt's chosen ones."""
+    """Pooled column sums over the last rows. Tokens generated later score 0 and rank below the prompt's chosen ones."""
     sums = run("column_sums", q.device, q, k, mask, scale, is_causal, OBSERVED_ROWS)
     return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)

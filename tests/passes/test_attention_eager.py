@@ -171,10 +171,7 @@ def test_masked_fill_declines():
 
 def test_scaled_mask_declines():
     refused(
-        "mask together",
-        lambda q, k, v, m: torch.softmax((q @ k.mT + m) * 0.5, -1) @ v,
-        *operands(),
-        torch.zeros(3, T),
+        "mask together", lambda q, k, v, m: torch.softmax((q @ k.mT + m) * 0.5, -1) @ v, *operands(), torch.zeros(3, T)
     )
 
 
@@ -227,9 +224,7 @@ def test_wrong_permute_declines():
 
 def test_three_dimensions_decline():
     refused(
-        "3 dimensions",
-        lambda q, k, v: torch.softmax(torch.bmm(q[0], k[0].transpose(1, 2)), -1) @ v[0],
-        *operands(),
+        "3 dimensions", lambda q, k, v: torch.softmax(torch.bmm(q[0], k[0].transpose(1, 2)), -1) @ v[0], *operands()
     )
 
 
