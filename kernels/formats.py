@@ -107,21 +107,47 @@ class TierFormat:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """How later calls feed the scores.
+
+    Attributes:
+        rows: the call's last query rows whose attention counts; 0 means all.
+        pool: width of a max-pool over the scores of the call's own tokens.
+        least: calls of fewer new tokens are not watched.
+    """
+
+    rows: int = 0
+    pool: int = 1
+    least: int = 1
+
+    def __str__(self) -> str:
+        return f"watch:r{self.rows}p{self.pool}n{self.least}"
+
+    @classmethod
+    def parse(cls, text: str) -> Watch:
+        """Inverse of ``str``."""
+        found = re.fullmatch(r"watch:r(\d+)p(\d+)n(\d+)", text)
+        if not found:
+            raise ValueError(f"not a watch: {text!r}")
+        return cls(*map(int, found.groups()))
+
+
+@dataclass(frozen=True)
 class LayerFormat:
     """The tiers of one layer, highest precision first. New tokens enter tier 0; demotion goes to the others.
 
     ``scored``: tier 0 keeps a score per slot, which only tokens that can still be demoted or evicted need.
-    ``accumulate``: each step adds the attention that tier 0's tokens received to their scores.
+    ``watch``: how later calls add the attention that tier 0's tokens received to their scores; None if they do not.
     """
 
     tiers: tuple[TierFormat, ...]
-    accumulate: bool = False
     scored: bool = False
+    watch: Watch | None = None
 
     @property
     def has_scores(self) -> bool:
         """Tier 0 keeps a score per slot."""
-        return self.scored or self.accumulate or len(self.tiers) > 1
+        return self.scored or self.watch is not None or len(self.tiers) > 1
 
     @property
     def is_balanced(self) -> bool:
@@ -129,7 +155,7 @@ class LayerFormat:
         return any(t.key.balanced for t in self.tiers)
 
     def __str__(self) -> str:
-        flags = ("+scored" if self.scored else "") + ("+accumulate" if self.accumulate else "")
+        flags = ("+scored" if self.scored else "") + (f"+{self.watch}" if self.watch else "")
         return "|".join(map(str, self.tiers)) + flags
 
     @classmethod
@@ -141,7 +167,8 @@ class LayerFormat:
         for tier in body.split("|"):
             key, _, value = tier.partition(",")
             tiers.append(TierFormat(SideFormat.parse(key), SideFormat.parse(value)))
-        return cls(tuple(tiers), accumulate="accumulate" in flags, scored="scored" in flags)
+        watches = [Watch.parse(flag) for flag in flags if flag != "scored"]
+        return cls(tuple(tiers), "scored" in flags, watches[0] if watches else None)
 
 
 class SideBuffers(NamedTuple):

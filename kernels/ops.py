@@ -41,14 +41,17 @@ _library.define(
 )
 
 
-def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
-    while mask is not None and mask.dim() < 4:
+def _full_mask(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """A mask with four dimensions and a column for each of ``tokens`` positions."""
+    if mask is None:
+        return None
+    while mask.dim() < 4:
         mask = mask[None]
-    return mask
+    return mask.expand(-1, -1, -1, tokens)
 
 
 def _importance(q, k, v, mask, scale, is_causal, policy):
-    return scoring.score(policy, q, k, v, _four_dims(mask), scale, is_causal)
+    return scoring.score(policy, q, k, v, _full_mask(mask, k.shape[2]), scale, is_causal)
 
 
 def _compress(q, k, v, scores, buffers, orders, format):
@@ -60,13 +63,15 @@ def _attend(q, k, v, mask, scale, buffers, orders, format):
     fmt = LayerFormat.parse(format)
     told = Orders.decode(orders, len(fmt.tiers))
     stored = StoreBuffers.from_list(buffers)
-    return run("attend", q.device, q, k, v, _four_dims(mask), scale, stored, fmt, told.counts, told.length)
+    full = _full_mask(mask, told.length + k.shape[2])
+    return run("attend", q.device, q, k, v, full, scale, stored, fmt, told.counts, told.length)
 
 
 def _update(q, k, v, lse, mask, scale, buffers, orders, format):
     fmt = LayerFormat.parse(format)
     told = Orders.decode(orders, len(fmt.tiers))
-    store_ops.update(q, k, v, lse, _four_dims(mask), scale, StoreBuffers.from_list(buffers), fmt, told)
+    full = _full_mask(mask, told.length + k.shape[2])
+    store_ops.update(q, k, v, lse, full, scale, StoreBuffers.from_list(buffers), fmt, told)
 
 
 for _name, _impl in (

@@ -6,6 +6,7 @@ These compose the primitives of :mod:`dispatch`, so they run on every device ali
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
@@ -113,8 +114,14 @@ def update(
     used, device = orders.counts[0], k.device
     balancer = buffers.balancer if fmt.is_balanced else None
     own = None
-    if fmt.accumulate:
-        own = run("add_scores", device, q, k, lse, mask, scale, buffers, fmt, used, orders.length)
+    watch = fmt.watch
+    if watch is not None and k.shape[2] >= watch.least:
+        rows = min(watch.rows or q.shape[2], q.shape[2])
+        seen_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -rows:]
+        seen = (q[:, :, -rows:], k, lse[:, :, -rows:], seen_mask)
+        own = run("add_scores", device, *seen, scale, buffers, fmt, used, orders.length)
+        if watch.pool > 1:
+            own = F.max_pool1d(own, watch.pool, stride=1, padding=watch.pool // 2)
     run("write_tokens", device, buffers.tiers[0], fmt.tiers[0], used, k, v, None, orders.length, None, balancer)
     if fmt.has_scores:
         buffers.scores[:, :, used : used + k.shape[2]] = 0.0 if own is None else own

@@ -202,7 +202,12 @@ def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor |
     def make() -> LayerStore:
         return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-    return _rebound(handle, store.derive(("index", id(index), index._version), make, hold=index))
+    return _rebound(handle, store.derive(("index", id(index), _version(index)), make, hold=index))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Changes when the tensor is written to; tensors made in inference mode keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _index(handle: KVTensor, indices: list[torch.Tensor | None]) -> KVTensor | None:

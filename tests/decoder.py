@@ -59,9 +59,8 @@ class Decoder(nn.Module):
             k = self.k[i](x).view(batch, tokens, self.kv_heads, self.dim).transpose(1, 2)
             v = self.v[i](x).view(batch, tokens, self.kv_heads, self.value_dim).transpose(1, 2)
             k, v = cache.append(i, k, v)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, dropout_p=self.dropout
-            )
+            drop = {"dropout_p": self.dropout} if self.dropout else {}
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, **drop)
             x = x + self.o[i](out.transpose(1, 2).reshape(batch, tokens, self.heads * self.value_dim))
         return x
 

@@ -312,3 +312,38 @@ def test_h2o_keeps_the_tokens_with_most_accumulated_attention():
     torch.testing.assert_close(store.typed().scores[0, 0, :count], total[kept], atol=1e-4, rtol=1e-4)
     gone = sorted(set(range(46)) - set(kept.tolist()))
     assert len(gone) == 46 - count and max(gone) < 46 - int(0.5 * int(0.9 * 46))
+
+
+def test_later_chunks_are_scored_like_the_first():
+    """A prompt read in two chunks: tokens of the second that its own last rows look at stay in the high tier."""
+    model = Decoder(layers=1, heads=2, kv_heads=1)
+    fast = compiled(model, tiers="fp:0.1,fp", window=4, sinks=0, flush_every=1, policy="snapkv")
+    first, second = inputs([100, 100], width=32)
+    cache, dense = model.new_cache(), model.new_cache()
+    run(fast, cache, [first, second])
+    run(model, dense, [first, second])
+    store = cache.keys[0].store
+    kept = store.typed().tiers[0].positions[0, 0, : store.counts[0]]
+    assert store.counts == (24, 176)
+    assert (kept >= 100).sum() > 8  # the window is 4 of them
+    assert torch.equal(cache.keys[0].dequantize(), dense.keys[0])
+
+
+@pytest.mark.parametrize("how", ["inference_mode", "dynamic"])
+def test_other_ways_to_trace(how):
+    model = Decoder()
+    fast = torch.compile(
+        model, backend="mikv", options={"lower": "eager", "budget": 1.0}, dynamic=how == "dynamic" or None
+    )
+    context = torch.inference_mode if how == "inference_mode" else torch.no_grad
+    xs = inputs([30, 1, 5, 1], batch=3)
+    cache, dense = model.new_cache(), model.new_cache()
+    with context():
+        for x in xs:
+            torch.testing.assert_close(fast(x, cache), model(x, dense))
+        cache.keys = [k.index_select(0, torch.tensor([2, 0])) for k in cache.keys]
+        cache.values = [v.index_select(0, torch.tensor([2, 0])) for v in cache.values]
+        dense.keys = [k[[2, 0]] for k in dense.keys]
+        dense.values = [v[[2, 0]] for v in dense.values]
+        torch.testing.assert_close(fast(x[:2], cache), model(x[:2], dense))
+    assert isinstance(cache.keys[0], KVTensor)

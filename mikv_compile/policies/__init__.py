@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mikv_compile.kernels.formats import Watch
 from mikv_compile.kernels.scoring import Scorer, register_scorer
 from mikv_compile.policies import h2o, recent, snapkv
 
@@ -14,17 +15,18 @@ class Policy:
 
     Attributes:
         scorer: scores of a prompt's tokens, run once after the prompt was attended.
-        accumulate: in later steps, add the attention that each token of the high tier receives to its score.
+        watch: what later calls add to the scores of the high tier and give to their own tokens; None leaves the former
+            alone, and the latter start at 0.
     """
 
     scorer: Scorer
-    accumulate: bool
+    watch: Watch | None = None
 
 
 POLICIES: dict[str, Policy] = {
-    "h2o": Policy(h2o.scorer, accumulate=True),
-    "recent": Policy(recent.scorer, accumulate=False),
-    "snapkv": Policy(snapkv.scorer, accumulate=False),
+    "h2o": Policy(h2o.scorer, h2o.WATCH),
+    "recent": Policy(recent.scorer),
+    "snapkv": Policy(snapkv.scorer, snapkv.WATCH),
 }
 
 for _name, _policy in POLICIES.items():

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.formats import Watch
+
+WATCH = Watch()
+"""Every row of every call counts."""
 
 
 def scorer(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.formats import Watch
 
 OBSERVED_ROWS = 32
 """Last query rows that are looked at."""
@@ -13,10 +14,13 @@ OBSERVED_ROWS = 32
 KERNEL = 7
 """Tokens of the max-pool that keeps a token's neighbours with it."""
 
+WATCH = Watch(rows=OBSERVED_ROWS, pool=KERNEL, least=2)
+"""A later chunk of the prompt, or a next question, is looked at like the first; single generated tokens score 0."""
+
 
 def scorer(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
 ) -> torch.Tensor:
-    """Pooled column sums over the last rows. Tokens generated later score 0 and rank below the prompt's chosen ones."""
+    """Pooled column sums over the last rows. """
     sums = run("column_sums", q.device, q, k, mask, scale, is_causal, OBSERVED_ROWS)
     return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)

@@ -139,16 +139,17 @@ def run_attend(text, key_dim, value_dim, dtype, group=4, rows=1, mask=False):
     triton_attention.attend(q, k, v, given, 0.1, store, fmt, counts, length)
 
 
-def run_add_scores(text, dim, dtype, group=4):
+def run_add_scores(text, dim, dtype, group=4, rows=1):
     fmt, store = _store(text, dim, dim, dtype)
-    q, k = torch.zeros(1, 8 * group, 1, dim, dtype=dtype), torch.zeros(1, 8, 1, dim, dtype=dtype)
-    mask = torch.zeros(1, 1, 1, 251, dtype=dtype)
-    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, 1), mask, 0.1, store, fmt, 250, 250)
+    q, k = torch.zeros(1, 8 * group, rows, dim, dtype=dtype), torch.zeros(1, 8, rows, dim, dtype=dtype)
+    mask = torch.zeros(1, 1, rows, 250 + rows, dtype=dtype)
+    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, rows), mask, 0.1, store, fmt, 250, 250)
 
 
-def run_column_sums(dim, dtype, last):
+def run_column_sums(dim, dtype, last, mask=False):
     q, k = torch.zeros(1, 8, 512, dim, dtype=dtype), torch.zeros(1, 2, 512, dim, dtype=dtype)
-    triton_attention.column_sums(q, k, None, 0.1, True, last)
+    given = torch.ones(1, 1, 512, 512, dtype=torch.bool) if mask else None
+    triton_attention.column_sums(q, k, given, 0.1, not mask, last)
 
 
 def run_tokens(text, key_dim, value_dim, dtype, indexed):
@@ -172,7 +173,9 @@ CASES = {
     "column-sums": (run_column_sums, (128, BF16, 64)),
 }
 SLOW = {
+    "add-scores-chunk": (run_add_scores, ("4:t64c1b,fp|fp,fp+acc", 256, FP16, 2, 64)),
     "add-scores-fp32-128": (run_add_scores, ("4:t64c1b,fp|fp,fp+acc", 128, FP32, 8)),
+    "column-sums-masked": (run_column_sums, (128, BF16, 0, True)),
     "column-sums-fp32-128": (run_column_sums, (128, FP32, 0)),
     "attend-fp32": (run_attend, ("fp,fp|4:t64c1,2:t1c32", 128, 128, FP32, 1, 1, True)),
     "attend-fp16": (run_attend, ("8:t1c64,8:t1c64|4:t64c1,2:t1c32", 64, 64, FP16, 8)),
