@@ -54,8 +54,8 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
     """Parse a tier list: ``FORMAT[:SHARE]``, comma-separated, highest precision first.
 
     FORMAT is ``fp``, ``bf16``, ``fp16``, ``int8``, ``int4``, ``int3``, ``int2``, or keys and values apart, as in
-    ``k4v2`` and ``k16v8``. SHARE is a fraction of all tokens (``0.2``) or a number of tokens (``512``). Without one, the
-    last tier takes all tokens that are left; when every tier has a share, tokens beyond all shares are evicted.
+    ``k4v2`` and ``k16v8``. SHARE is a fraction of all tokens (``0.2``) or a number of tokens (``512``). Without one,
+    the last tier takes all tokens that are left; when every tier has a share, tokens beyond all shares are evicted.
 
     Raises:
         OptionError: if the text does not parse, with what is wrong.
