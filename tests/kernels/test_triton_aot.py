@@ -169,12 +169,12 @@ CASES = {
     "attend-default": (run_attend, ("8:t1c128,8:t1c128|4:t64c1,2:t1c32", 128, 128, BF16)),
     "attend-3bit": (run_attend, ("3:t1c80b,3:t64c1", 80, 80, FP16, 3, 2, True)),
     "write-read-copy": (run_tokens, ("8:t1c128b,3:t1c32|fp,fp", 128, 128, BF16, True)),
-    "add-scores": (run_add_scores, ("8:t1c128,8:t1c128|fp,fp+acc", 128, BF16)),
+    "add-scores": (run_add_scores, ("8:t1c128,8:t1c128|fp,fp+scored", 128, BF16)),
     "column-sums": (run_column_sums, (128, BF16, 64)),
 }
 SLOW = {
-    "add-scores-chunk": (run_add_scores, ("4:t64c1b,fp|fp,fp+acc", 256, FP16, 2, 64)),
-    "add-scores-fp32-128": (run_add_scores, ("4:t64c1b,fp|fp,fp+acc", 128, FP32, 8)),
+    "add-scores-chunk": (run_add_scores, ("4:t64c1b,fp|fp,fp+scored", 256, FP16, 2, 64)),
+    "add-scores-fp32-128": (run_add_scores, ("4:t64c1b,fp|fp,fp+scored", 128, FP32, 8)),
     "column-sums-masked": (run_column_sums, (128, BF16, 0, True)),
     "column-sums-fp32-128": (run_column_sums, (128, FP32, 0)),
     "attend-fp32": (run_attend, ("fp,fp|4:t64c1,2:t1c32", 128, 128, FP32, 1, 1, True)),
@@ -190,7 +190,7 @@ SLOW = {
 WIDE_FP32 = {
     "attend-256-fp32": (run_attend, ("fp,fp|4:t64c1,2:t1c32", 256, 256, FP32, 2)),
     "attend-chunk-256-fp32": (run_attend, ("8:t1c256,fp|4:t16c1,2:t1c32", 256, 256, FP32, 4, 64, True)),
-    "add-scores-fp32": (run_add_scores, ("4:t64c1b,fp|fp,fp+acc", 256, FP32, 8)),
+    "add-scores-fp32": (run_add_scores, ("4:t64c1b,fp|fp,fp+scored", 256, FP32, 8)),
     "column-sums-fp32": (run_column_sums, (256, FP32, 0)),
 }
 

@@ -237,7 +237,7 @@ def test_attend(text, counts, own, key_dim, value_dim, group, dtype, kind):
 def test_add_scores(case):
     text, counts, *_, key_dim, _, _, _, _ = case
     _, store, length, q, k, v, mask = attend_case(*case)
-    fmt = LayerFormat.parse(text + "+acc")
+    fmt = LayerFormat.parse(text + "+scored")
     if not store.scores.numel():
         scores = poisoned((BATCH, KV_HEADS, store.tiers[0].capacity), torch.float32)
         scores[:, :, : counts[0]] = torch.rand(BATCH, KV_HEADS, counts[0])
