@@ -202,12 +202,15 @@ def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor |
     def make() -> LayerStore:
         return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-    return _rebound(handle, store.derive(("index", id(index), _version(index)), make, hold=index))
+    return _rebound(handle, store.derive(("index", *_identity(index)), make, hold=index))
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Changes when the tensor is written to; tensors made in inference mode keep no count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _identity(index: torch.Tensor) -> tuple[int, ...]:
+    """The same for the same rows; on a GPU for the same tensor only, as reading values would wait for the device."""
+    if index.device.type == "cpu":
+        return tuple(index.tolist())
+    # Tensors made in inference mode keep no count of writes.
+    return (id(index), 0 if index.is_inference() else index._version)
 
 
 def _index(handle: KVTensor, indices: list[torch.Tensor | None]) -> KVTensor | None:

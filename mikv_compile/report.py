@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     graphs: list[GraphReport] = []
     _listeners.append(graphs.append)
     try:
-        compiled = torch.compile(_Fresh(model), backend="mikv", options={**(options or {}), "lower": "eager"})
+        compiled = torch.compile(_fresh(model), backend="mikv", options={**(options or {}), "lower": "eager"})
         with torch.no_grad():
             result = compiled(*args, **kwargs)
     finally:
@@ -146,15 +147,17 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
     return Explanation(graphs, found if found.layers else None)
 
 
-class _Fresh(torch.nn.Module):
-    """A frame of its own, so that what was compiled for the model before does not answer instead."""
+def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of ``model`` with a code object of its own: what was compiled before does not answer instead of it."""
 
-    def __init__(self, model: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    call.__code__ = call.__code__.replace(co_name=f"explained_{next(_explained)}")
+    return call
+
+
+_explained = itertools.count()
 
 
 @dataclass(frozen=True)

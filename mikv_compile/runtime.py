@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mikv_compile.handle import KVTensor
-from mikv_compile.kernels.formats import LayerFormat, Orders
+from mikv_compile.kernels.formats import Orders
 from mikv_compile.kernels.store_ops import compress
 from mikv_compile.passes import RewrittenSite
 from mikv_compile.plan import CacheShape, LayerPlan
@@ -108,29 +108,30 @@ def _joined(key: KVTensor, value: KVTensor) -> LayerStore:
     assert key.store is not None and value.store is not None
     if key.store is value.store and key.shape[2] == value.shape[2]:
         return key.store
-    # Keys and values went different ways, such as a copy of one of them: start a new store from both.
-    merged = key.store.copy()
-    _fill(merged, key.dequantize(), value.dequantize())
-    key.store.count_fallback("keys and values of different stores")
-    return merged
+    # Keys and values went different ways, such as a copy of one of them.
+    joined = key.store.joined(value.store)
+    if joined is None or key.shape[2] != value.shape[2]:
+        joined = _filled(key.store.plan, key.store.site, key.dequantize(), value.dequantize())
+        joined.count_fallback("keys and values of different stores")
+    return joined
 
 
 def _compressed(site: SiteCall, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
     """A store filled from a dense cache that was made elsewhere. Without queries, the newest tokens count most."""
     shape = CacheShape(key.shape[0], site.kv_heads, site.key_dim, site.value_dim, site.dtype, site.layers)
-    store = LayerStore(site.plan, shape, site.device, site.plan.fill(key.shape[2]).counts)
-    _fill(store, key, value)
-    return store
+    return _filled(site.plan, shape, key, value)
 
 
-def _fill(store: LayerStore, key: torch.Tensor, value: torch.Tensor) -> None:
+def _filled(plan: LayerPlan, shape: CacheShape, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
+    """A new store of dense keys and values, as if they were a prompt without scores."""
     length = key.shape[2]
-    orders = store.plan.fill(length)
-    fmt: LayerFormat = store.plan.format
+    orders = plan.fill(length)
+    store = LayerStore(plan, shape, key.device, orders.counts)
     scores = torch.zeros(key.shape[:3], device=key.device)
     # The keys stand in for the queries: the balancer becomes 1.
-    compress(key, key, value, scores, store.typed(), fmt, orders)
+    compress(key, key, value, scores, store.typed(), plan.format, orders)
     store.filled(orders, length)
+    return store
 
 
 def _abandon(stores: Sequence[tuple[SiteCall, LayerStore, Orders, int]]) -> None:

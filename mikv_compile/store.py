@@ -10,7 +10,7 @@ import torch
 
 from mikv_compile.errors import EvictedTokensError, UnusableCacheError
 from mikv_compile.kernels.dispatch import run
-from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, buffer_shapes
+from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, TierBuffers, buffer_shapes
 from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 
 if TYPE_CHECKING:
@@ -239,6 +239,20 @@ class LayerStore:
         """An independent copy."""
         self.check_usable()
         return self.map(torch.clone, self.site.batch, self.device)
+
+    def joined(self, values: LayerStore) -> LayerStore | None:
+        """A copy with the values of another store, or None if its tokens do not lie in the same slots."""
+        if (self.plan, self.site, self.counts, self.length) != (values.plan, values.site, values.counts, values.length):
+            return None
+        mine, theirs, tiers = self.typed(), values.typed(), []
+        for a, b, count in zip(mine.tiers, theirs.tiers, self.counts, strict=True):
+            if not torch.equal(a.positions[:, :, :count], b.positions[:, :, :count]):
+                return None
+            tiers.append(TierBuffers(a.key, b.value, a.positions))
+        if self.capacities != values.capacities:
+            return None
+        both = StoreBuffers(tuple(tiers), mine.scores, mine.balancer)
+        return self._like(both.to_list(), self.site, self.device).copy()
 
     # Cropping --------------------------------------------------------------------------------------------------------
 

@@ -154,3 +154,9 @@ def test_cache_report_of_a_dense_cache():
     report = cache_report(cache)
     assert len(report.layers) == 2 and report.ratio == 1.0 and "dense, 20 tokens" in str(report)
     assert cache_report(None).layers == ()
+
+
+def test_explain_answers_any_number_of_times():
+    model = llama()
+    for _ in range(10):
+        assert mikv_compile.explain(model, prompt()).sites == 2

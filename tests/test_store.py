@@ -297,3 +297,34 @@ def test_a_failed_allocation_leaves_the_cache_as_it_was(monkeypatch):
 def test_public_names():
     for name in mikv_compile.__all__:
         assert getattr(mikv_compile, name) is not None
+
+
+def test_keys_and_values_that_were_copied_apart_come_together_again():
+    decoder, fast, cache, dense = filled(batch=2)
+    cache.keys = [k.index_select(0, torch.tensor([1, 0])) for k in cache.keys]
+    cache.values = [v.flip(0) for v in cache.values]  # the same rows by another way: dequantized
+    dense.keys, dense.values = [k[[1, 0]] for k in dense.keys], [v[[1, 0]] for v in dense.values]
+    got, want = (run(m, c, inputs([1], batch=2, seed=4)) for m, c in ((fast, cache), (decoder, dense)))
+    torch.testing.assert_close(got, want, atol=0.3, rtol=0)
+
+    _, fast, cache, _ = filled(batch=2)
+    kept = copy.deepcopy(cache)
+    cache.keys = [k.clone() for k in cache.keys]
+    cache.values = [copy.deepcopy(v) for v in cache.values]
+    assert cache.keys[0].store is not cache.values[0].store
+    got, want = run(fast, cache, inputs([1], batch=2, seed=4)), run(fast, kept, inputs([1], batch=2, seed=4))
+    assert torch.equal(got[0], want[0])
+    assert cache_report(cache).fallbacks == {}
+
+
+def test_keys_of_one_cache_with_values_of_another():
+    """Their tokens lie in different slots, so both are read and compressed again, which the report counts."""
+    decoder, fast, cache, dense = filled(tokens=300)
+    other, other_dense = decoder.new_cache(), decoder.new_cache()
+    (x,) = inputs([300], seed=11)
+    run(fast, other, [x])
+    run(decoder, other_dense, [x])
+    cache.values, dense.values = other.values, other_dense.values
+    got, want = (run(m, c, inputs([1], seed=4)) for m, c in ((fast, cache), (decoder, dense)))
+    torch.testing.assert_close(got, want, atol=0.3, rtol=0)
+    assert cache_report(cache).fallbacks == {"keys and values of different stores": 2}

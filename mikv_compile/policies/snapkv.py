@@ -21,6 +21,6 @@ WATCH = Watch(rows=OBSERVED_ROWS, pool=KERNEL, least=2)
 def scorer(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
 ) -> torch.Tensor:
-    """Pooled column sums over the last rows. """
+    """Pooled column sums over the last rows."""
     sums = run("column_sums", q.device, q, k, mask, scale, is_causal, OBSERVED_ROWS)
     return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)
