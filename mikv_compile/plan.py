@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -166,17 +166,21 @@ class LayerPlan:
         return Orders(0, self.sinks, self.recent_from(length), tuple(counts), 0, moves)
 
     def step(self, length: int, counts: tuple[int, ...], new: int) -> Orders:
-        """What happens when ``new`` tokens are appended to ``length`` earlier ones."""
+        """What happens when ``new`` tokens are appended to ``length`` earlier ones.
+
+        Tokens leave tier 0 once at least ``flush_every`` of them can go. Tokens that a lower tier is due, but that do
+        not fill one of its blocks yet, wait in tier 0; what no tier is due is evicted.
+        """
         after = length + new
         excess = max(counts[0] + new - self.high_target(after), 0)
-        victims = excess // self.flush_every * self.flush_every
-        left, moves = victims, []
+        left, moves = excess, []
         for tier, fmt, count in zip(self.tiers[1:], self.format.tiers[1:], counts[1:], strict=True):
-            wanted = left if tier.share is None else min(max(tier.quota(after) - count, 0), left)
-            moves.append(wanted // fmt.block * fmt.block)
-            left -= moves[-1]
-        if not self.evicts:
-            victims -= left
+            due = left if tier.share is None else min(max(tier.quota(after) - count, 0), left)
+            moves.append(due // fmt.block * fmt.block)
+            left -= due
+        victims = sum(moves) + (left if self.evicts else 0)
+        if victims < self.flush_every:
+            victims, moves = 0, [0] * len(moves)
         return Orders(length, self.sinks, self.recent_from(after), counts, victims, tuple(moves))
 
     def capacities(self, counts: tuple[int, ...], old: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -252,6 +256,7 @@ _LADDER = (
     ("fp:{:.3f},int8", 0.0, 1.0),
     ("int8:{:.3f},int4", 0.02, 1.0),
     ("int8:{:.3f},k4v2", 0.02, 1.0),
+    ("int8:0.050,k4v2:{:.3f}", 0.15, 0.95),
     ("int8:0.02,k4v2:{:.3f}", 0.02, 0.98),
 )
 
@@ -288,9 +293,10 @@ def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
 
     def size(tokens: int) -> int:
         plan = _make(options, parse_tiers(f"int8:0.0,k4v2:{tokens}"), site.key_dim, site.value_dim)
-        # The high tier overflows by up to one flush before it is relieved, and the low tier grows in chunks.
+        # Up to one flush and one block of tokens wait in the high tier, and the low tier grows in chunks.
         full = plan.fill(10**9)
-        slots = plan.capacities((full.counts[0] + plan.flush_every, full.counts[1] + full.counts[1] // GROWTH))
+        waiting = plan.flush_every + plan.format.tiers[1].block
+        slots = plan.capacities((full.counts[0] + waiting, full.counts[1] + full.counts[1] // GROWTH))
         shapes = buffer_shapes(plan.format, site.batch, site.kv_heads, site.key_dim, site.value_dim, slots, site.dtype)
         return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
 
@@ -333,6 +339,9 @@ def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: in
     evicts = tiers[-1].share is not None and tiers[-1].share != 1.0
     movable = evicts or len(tiers) > 1
     watch = POLICIES[policy].watch if movable else None
+    if watch is not None and evicts:
+        # What is dropped is lost for good, so generated tokens need real scores too, not only those of a prompt.
+        watch = replace(watch, least=1)
     return LayerPlan(
         tiers=tiers,
         format=LayerFormat(tuple(formats), scored=movable, watch=watch),

@@ -15,7 +15,8 @@ KERNEL = 7
 """Tokens of the max-pool that keeps a token's neighbours with it."""
 
 WATCH = Watch(rows=OBSERVED_ROWS, pool=KERNEL, least=2)
-"""A later chunk of the prompt, or a next question, is looked at like the first; single generated tokens score 0."""
+"""A later chunk of the prompt, or a next question, is looked at like the first. Single generated tokens score 0, except
+in plans that evict, where every call is watched."""
 
 
 def scorer(
