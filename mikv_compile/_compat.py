@@ -104,8 +104,10 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 def symbol_of(size: Any) -> Any:
-    """The sympy expression of a symbolic integer, or None for a plain number."""
-    return size.node.expr if isinstance(size, torch.SymInt) else None
+    """The sympy expression of a symbolic integer, or None for a plain or known number."""
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
+        return None
+    return size.node.expr
 
 
 def optimized_module_class() -> Any:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mikv_compile import _compat, generate
 from mikv_compile.config import Options
+from mikv_compile.errors import MikvError
 from mikv_compile.handle import KVTensor
 from mikv_compile.lowering import Lowering, PlannedSite, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, analyze, rewrite
-from mikv_compile.passes.node_utils import fake
+from mikv_compile.passes.node_utils import fake, writes_in_place
+from mikv_compile.passes.pair import aliases
 from mikv_compile.plan import Planner
 from mikv_compile.report import GraphReport, SiteReport, record
 from mikv_compile.runtime import CompressedGraph, SiteCall
@@ -82,9 +84,20 @@ def _make_dense(rewritten: RewrittenGraph, example_inputs: list[Any]) -> list[An
     for node, given in zip(placeholders, [example_inputs[i] for i in rewritten.kept_inputs], strict=False):
         value = node.meta.get("example_value")
         if isinstance(value, KVTensor):
+            _refuse_writes(node)
             node.meta["example_value"] = given = _compat.fake_dense(value)
         inputs.append(given)
     return inputs + [node.meta["example_value"] for node in placeholders[len(inputs) :]]
+
+
+def _refuse_writes(handle: Node) -> None:
+    """The graph gets a dense copy of this handle; what it writes into that would be lost."""
+    for user in (user for member in aliases(handle) for user in member.users):
+        if writes_in_place(user):
+            raise MikvError(
+                f"`{user.name}` writes into a compressed KV cache ({handle.name}) in a way that cannot be rewritten; "
+                "replace the layer's tensors by handle.dequantize() first"
+            )
 
 
 def _site_call(planned: PlannedSite, rewritten: Any, sizes: SizeReader, layers: int) -> SiteCall:

@@ -73,7 +73,7 @@ class KVTensor(torch.Tensor):
                 rows = store.site.batch * repeats
                 return store.map(lambda b: b.repeat_interleave(repeats, dim=0), rows, store.device)
 
-            return _rebound(self, store.derive(("repeat", repeats), make))
+            return _rebound(self, store.derive(("repeat", repeats), self.role, make))
         return super().repeat_interleave(repeats, dim=dim, **kwargs)
 
     def _real_store(self, operation: str) -> LayerStore:
@@ -129,12 +129,19 @@ class KVTensor(torch.Tensor):
         memo[id(self)] = made
         return made
 
+    def __copy__(self) -> KVTensor:
+        return KVTensor(self._real_store("copy"), self.role, self.shape[2])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise MikvError("a compressed KV cache cannot be pickled; save what handle.dequantize() returns")
 
 
 class DequantizedView(torch.Tensor):
     """A view of a handle's dequantized values that can be read, and refuses writes, which would not reach the store."""
+
+    def _is_view(self) -> bool:
+        """Never for a compiler: it would look for a base that holds the values."""
+        return False
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,7 +196,7 @@ def _same(handle: KVTensor, *_: Any, **__: Any) -> KVTensor:
 
 def _clone(handle: KVTensor, **_: Any) -> KVTensor:
     store = handle._real_store("clone")
-    return _rebound(handle, store.derive("clone", store.copy))
+    return _rebound(handle, store.derive("clone", handle.role, store.copy))
 
 
 def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor | None:
@@ -198,19 +205,37 @@ def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor |
         return None
     store = handle._real_store("index_select")
     rows = index.to(store.device)
+    rows = torch.where(rows < 0, rows + store.site.batch, rows)
 
     def make() -> LayerStore:
         return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-    return _rebound(handle, store.derive(("index", *_identity(index)), make, hold=index))
+    return _rebound(handle, store.derive(_identity(index), handle.role, make))
 
 
-def _identity(index: torch.Tensor) -> tuple[int, ...]:
-    """The same for the same rows; on a GPU for the same tensor only, as reading values would wait for the device."""
+def _identity(index: torch.Tensor) -> object:
+    """Equal for the same rows.
+
+    On a GPU for the same tensor only, as reading values would wait for the device; the tensor is part of the answer, so
+    that its address is not used again.
+    """
     if index.device.type == "cpu":
-        return tuple(index.tolist())
-    # Tensors made in inference mode keep no count of writes.
-    return (id(index), 0 if index.is_inference() else index._version)
+        return ("index", *index.tolist())
+    if index.is_inference():
+        return object()  # it keeps no count of writes, so nothing tells whether it has changed
+    return ("index", _Held(index), index._version)
+
+
+class _Held:
+    """A tensor that is equal to itself only."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and other.tensor is self.tensor
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _index(handle: KVTensor, indices: list[torch.Tensor | None]) -> KVTensor | None:
@@ -237,7 +262,7 @@ def _slice(
         def make() -> LayerStore:
             return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-        return _rebound(handle, store.derive(("rows", start, end, step), make))
+        return _rebound(handle, store.derive(("rows", start, end, step), handle.role, make))
     return None
 
 
@@ -251,7 +276,7 @@ def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: An
     def make() -> LayerStore:
         return store.map(lambda b: b.to(target, copy=True), store.site.batch, target)
 
-    return _rebound(handle, store.derive(("to", target), make))
+    return _rebound(handle, store.derive(("to", target), handle.role, make))
 
 
 _HANDLED: dict[Any, Callable[..., KVTensor | None]] = {

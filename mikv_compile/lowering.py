@@ -79,9 +79,8 @@ def _plan(site: Site, layer: int, layers: int, planner: Planner, sizes: SizeRead
         if handles[0].plan != handles[1].plan or (handles[0].role, handles[1].role) != ("key", "value"):
             raise _CannotServeError("keys and values come from caches of different plans")
         return handles[0].plan
-    symbolic_batch = _compat.symbol_of(key.shape[0]) is not None
-    if symbolic_batch and isinstance(planner.options.budget, str):
-        raise _CannotServeError("a budget in bytes needs a batch size that does not change; give a fraction instead")
+    if isinstance(planner.options.budget, str):
+        int(key.shape[0])  # a budget in bytes means another plan for another batch size: guard on it
     batch = key.shape[0] if _compat.symbol_of(key.shape[0]) is None else 1
     shape = CacheShape(int(batch), int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), key.dtype, layers)
     try:

@@ -93,8 +93,11 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
         elif i < len(entries) - 1:
             raise OptionError(f"tier {entry!r} needs a share, such as {name}:0.2; only the last tier may take the rest")
         tiers.append(Tier(*bits, name if name in _FLOATS else "fp", share))
-    if sum(t.share for t in tiers if isinstance(t.share, float)) > 1 + 1e-9:
+    total = sum(t.share for t in tiers if isinstance(t.share, float))
+    if total > 1 + 1e-9:
         raise OptionError(f"tiers {text!r}: the shares add up to more than 1")
+    if total > 1 - 1e-9:
+        tiers[-1] = replace(tiers[-1], share=None)  # nothing is beyond the shares, so nothing may be evicted
     return tuple(tiers)
 
 
@@ -152,10 +155,11 @@ class LayerPlan:
         """Positions from here on may not leave tier 0."""
         return max(length - self.window - int(self.recent_share * self.tiers[0].quota(length)), 0)
 
-    def fill(self, length: int) -> Orders:
-        """Where a prompt's tokens go."""
-        left = length - self.high_target(length)
-        counts = [length - left]
+    def fill(self, length: int, tokens: int | None = None) -> Orders:
+        """Where a prompt's tokens go; ``tokens`` are there of the ``length`` (all by default)."""
+        tokens = length if tokens is None else tokens
+        left = tokens - min(self.high_target(length), tokens)
+        counts = [tokens - left]
         for tier, fmt in zip(self.tiers[1:], self.format.tiers[1:], strict=True):
             take = min(tier.quota(length), left) // fmt.block * fmt.block
             counts.append(take)

@@ -132,6 +132,7 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
 
     The call really runs: a cache in the arguments grows by it.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile() has returned, the module
     graphs: list[GraphReport] = []
     _listeners.append(graphs.append)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mikv_compile.errors import MikvError
 from mikv_compile.handle import KVTensor
 from mikv_compile.kernels.formats import Orders
 from mikv_compile.kernels.store_ops import compress
@@ -106,11 +107,15 @@ def _old_store(site: SiteCall, args: Sequence[Any], new: int) -> tuple[LayerStor
 def _joined(key: KVTensor, value: KVTensor) -> LayerStore:
     """The one store behind two handles."""
     assert key.store is not None and value.store is not None
-    if key.store is value.store and key.shape[2] == value.shape[2]:
+    if key.shape[2] != value.shape[2]:
+        raise MikvError(
+            f"a layer's keys have {key.shape[2]} tokens and its values {value.shape[2]}; crop both to the same length"
+        )
+    if key.store is value.store:
         return key.store
     # Keys and values went different ways, such as a copy of one of them.
     joined = key.store.joined(value.store)
-    if joined is None or key.shape[2] != value.shape[2]:
+    if joined is None:
         joined = _filled(key.store.plan, key.store.site, key.dequantize(), value.dequantize())
         joined.count_fallback("keys and values of different stores")
     return joined

@@ -37,9 +37,10 @@ class LayerStore:
         self.counts = (0,) * len(plan.tiers)
         self.fallbacks: dict[str, int] = {}
         self.recompressed = 0
+        self.untouched = False
         self._spoiled: str | None = None
         self._handles: dict[int, weakref.ref[KVTensor]] = {}
-        self._derived: tuple[object, object, LayerStore] | None = None
+        self._derived: tuple[object, Role, weakref.ref[LayerStore]] | None = None
         self._exact_from = 0
         self.capacities = plan.capacities(counts or self.counts)
         self.buffers = self._allocate(self.capacities)
@@ -50,13 +51,16 @@ class LayerStore:
     def _allocate(self, capacities: tuple[int, ...]) -> list[torch.Tensor]:
         s = self.site
         shapes = buffer_shapes(self.plan.format, s.batch, s.kv_heads, s.key_dim, s.value_dim, capacities, s.dtype)
-        return [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        # Buffers made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
 
     # Growing and appending -------------------------------------------------------------------------------------------
 
     def prepare(self, new: int) -> Orders:
         """Decide what appending ``new`` tokens does and make room for it. Changes no token, so it may fail safely."""
         self.check_usable()
+        self.untouched = False
         orders = self.plan.step(self.length, self.counts, new)
         moved = zip(self.counts[1:], orders.moves, strict=True)
         self._grow((self.counts[0] + new, *(count + move for count, move in moved)))
@@ -73,8 +77,9 @@ class LayerStore:
             if tuple(old.shape) == shape:
                 shaped[i] = old
                 continue
-            shaped[i] = torch.zeros(shape, dtype=dtype, device=self.device)
-            shaped[i][:, :, : old.shape[2]] = old
+            with torch.inference_mode(False):
+                shaped[i] = torch.zeros(shape, dtype=dtype, device=self.device)
+                shaped[i][:, :, : old.shape[2]] = old
         self.buffers, self.capacities = shaped, capacities
 
     def commit(self, orders: Orders, new: int) -> None:
@@ -101,7 +106,8 @@ class LayerStore:
             return
         for i in (*range(BUFFERS_PER_TIER), len(self.buffers) - 2):
             if self.buffers[i].numel():
-                self.buffers[i] = self.buffers[i][:, :, :wanted].clone()
+                with torch.inference_mode(False):
+                    self.buffers[i] = self.buffers[i][:, :, :wanted].clone()
         self.capacities = (wanted, *self.capacities[1:])
 
     # State -----------------------------------------------------------------------------------------------------------
@@ -223,17 +229,25 @@ class LayerStore:
         """A store whose buffers are ``function`` of this one's; ``batch`` and ``device`` are what it makes of them."""
         s = self.site
         site = CacheShape(batch, s.kv_heads, s.key_dim, s.value_dim, s.dtype, s.layers)
-        return self._like([function(b) for b in self.buffers], site, device)
+        with torch.inference_mode(False):
+            return self._like([function(b) for b in self.buffers], site, device)
 
-    def derive(self, key: object, make: Callable[[], LayerStore], hold: object = None) -> LayerStore:
-        """``make()``, remembered until the store changes.
+    def derive(self, key: object, role: Role, make: Callable[[], LayerStore]) -> LayerStore:
+        """``make()``, or what it made for the layer's other handle.
 
-        A cache applies an operation to the keys and then to the values; both must end up on one new store. ``hold``
-        keeps alive whatever ``key`` identifies by address.
+        A cache applies an operation to the keys and then to the values, and both must end up on one new store. It
+        serves one such pair, as long as nothing has happened to it: the next one is independent.
         """
-        if self._derived is None or self._derived[0] != key:
-            self._derived = (key, hold, make())
-        return self._derived[2]
+        if self._derived is not None:
+            known, taken, reference = self._derived
+            made = reference()
+            self._derived = None
+            if known == key and taken != role and made is not None and made.untouched:
+                return made
+        made = make()
+        made.untouched = True
+        self._derived = (key, role, weakref.ref(made))
+        return made
 
     def copy(self) -> LayerStore:
         """An independent copy."""
@@ -260,6 +274,7 @@ class LayerStore:
         """Drop tokens at positions >= ``length`` from the end, in place; returns self."""
         if length >= self.length:
             return self
+        self.untouched = False
         if length >= self._exact_from and length >= self.length - self.counts[0]:
             self._crop_tier0(length)
         else:
@@ -287,13 +302,16 @@ class LayerStore:
         that has fewest, dropping the lowest tier's oldest.
         """
         s = self.site
-        keys, values, places, ranks = [], [], [], []
+        keys, values, places, ranks, scores = [], [], [], [], []
         for i in range(len(self.counts)):
             k, v, positions = self._read_tier(i)
             keys.append(k)
             values.append(v)
             places.append(positions)
             ranks.append(torch.full_like(positions, len(self.counts) - i))
+            scored = i == 0 and self.plan.format.has_scores
+            old = self.typed().scores[:, :, : self.counts[0]] if scored else torch.zeros_like(positions).float()
+            scores.append(old)
         k, v = torch.cat(keys, 2), torch.cat(values, 2)
         position, rank = torch.cat(places, 2), torch.cat(ranks, 2)
         alive = position < length
@@ -305,8 +323,9 @@ class LayerStore:
         k = k.gather(2, order[..., None].expand(-1, -1, -1, s.key_dim))
         v = v.gather(2, order[..., None].expand(-1, -1, -1, s.value_dim))
         position, rank = position.gather(2, order), rank.gather(2, order)
+        kept_scores = torch.cat(scores, 2).gather(2, order)
 
-        orders = self.plan.fill(kept)
+        orders = self.plan.fill(length, kept)
         balancer = self.typed().balancer.clone() if self.plan.format.is_balanced else None
         self.capacities = self.plan.capacities(orders.counts)
         self.buffers = self._allocate(self.capacities)
@@ -323,7 +342,10 @@ class LayerStore:
                 "write_tokens", self.device, stored.tiers[i], self.plan.format.tiers[i], 0,
                 k, v, index, 0, position.to(torch.int32), balancer,
             )  # fmt: skip
+            if i == 0 and self.plan.format.has_scores:
+                stored.scores[:, :, :count] = kept_scores.gather(2, index)
             stop -= count
         self.recompressed += 1
         self.counts, self.length = orders.counts, length
-        self._exact_from = self.plan.recent_from(length)
+        # A head that had lost some of the newest tokens has older ones in their place.
+        self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import argument, fake, is_number, is_op, names, output_positions, rank, same_kind
+from mikv_compile.passes.node_utils import argument, as_number, fake, is_op, names, output_positions, rank, same_kind
 from mikv_compile.passes.records import Attention
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.views import is_cast, is_key_transpose, is_noop_cast, view_input
@@ -210,12 +210,13 @@ def _scalar_factor(node: Node, *, inplace: bool) -> tuple[Node, float] | None:
     div = _DIV_TARGETS + (_DIV_INPLACE_TARGETS if inplace else ())
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
     if is_op(node, *mul):
-        tensor, factor = (left, right) if is_number(right) else (right, left)
-    elif is_op(node, *div) and "rounding_mode" not in node.kwargs and right != 0:
-        tensor, factor = left, (1.0 / right if is_number(right) else None)
+        tensor, factor = (left, as_number(right)) if as_number(right) is not None else (right, as_number(left))
+    elif is_op(node, *div) and "rounding_mode" not in node.kwargs:
+        divisor = as_number(right)
+        tensor, factor = left, (1.0 / divisor if divisor else None)
     else:
         return None
-    if not isinstance(tensor, Node) or not is_number(factor) or not same_kind(tensor, node):
+    if not isinstance(tensor, Node) or factor is None or not same_kind(tensor, node):
         return None
     return tensor, float(factor)
 
@@ -261,7 +262,7 @@ def _probability_step(node: Node, user: Node) -> str | None:
 def _dropout_problem(user: Node) -> str:
     p = argument(user, 1, "p", 0.5)
     training = argument(user, 2, "train" if is_op(user, torch.dropout) else "training", True)
-    if training is False or (is_number(p) and p == 0):
+    if training is False or as_number(p) == 0:
         return ""
     return f"dropout with p={p} changes the output at random; call `model.eval()`"
 

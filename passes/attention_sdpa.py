@@ -7,7 +7,7 @@ import math
 import torch
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import argument, fake, is_number, is_op, rank
+from mikv_compile.passes.node_utils import argument, as_number, fake, is_op, rank
 from mikv_compile.passes.records import Attention
 from mikv_compile.passes.report import Declined
 
@@ -36,7 +36,7 @@ def recognize(node: Node) -> Attention | Declined | None:
     scale = argument(node, 6, "scale")
     enable_gqa = argument(node, 7, "enable_gqa", False)
 
-    if not is_number(dropout) or dropout != 0:
+    if as_number(dropout) != 0:
         return decline(f"dropout_p={dropout} changes the output at random; call `model.eval()`")
     if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
         return decline("is_causal and enable_gqa must be plain True or False")
@@ -53,7 +53,8 @@ def recognize(node: Node) -> Attention | Declined | None:
         if not isinstance(head_dim, int):
             return decline("the default scale needs a fixed head_dim, and it is symbolic here; pass `scale=`")
         scale = 1.0 / math.sqrt(head_dim)
-    if not is_number(scale):
+    number = as_number(scale)
+    if number is None:
         return decline(f"scale is {scale!r}, not a plain number")
     return Attention(
         output=node,
@@ -62,7 +63,7 @@ def recognize(node: Node) -> Attention | Declined | None:
         key=key,
         value=value,
         mask=mask,
-        scale=float(scale),
+        scale=float(number),
         is_causal=is_causal,
         enable_gqa=enable_gqa,
         form="sdpa",

@@ -73,6 +73,18 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def as_number(value: object) -> int | float | None:
+    """The number that a plain number or a symbolic float of the graph is, otherwise None.
+
+    Dynamo makes a float attribute symbolic once it has seen two values of it, as in two models of one class. A scale is
+    a constant of the model, so it is guarded on: another value compiles another graph.
+    """
+    if is_number(value):
+        return value  # type: ignore[return-value]
+    symbolic = value.meta.get("example_value") if isinstance(value, Node) else None
+    return symbolic.node.guard_float("", 0) if isinstance(symbolic, torch.SymFloat) else None
+
+
 def known_equal(a: Any, b: Any) -> bool:
     """Whether two maybe symbolic sizes are equal for sure; adds no guard."""
     return statically_known_true(a == b)

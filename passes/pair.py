@@ -126,6 +126,10 @@ def _check_extents(attention: Attention, key: CacheUpdate, value: CacheUpdate) -
     if key.born and not known_equal(query[2], new_key[2]):
         # Cross attention: later calls only read this cache, and no call after this one would append to it.
         raise _Refused("a new cache is filled with other tokens than the query's, as cross attention does")
+    if key.born and attention.mask is None and not attention.is_causal and not known_equal(query[2], 1):
+        raise _Refused(
+            "every query sees every token of the new cache, as in cross attention; such a cache does not grow"
+        )
     # The attention itself fails on keys and values of different lengths, so unknown is good enough here: Dynamo gives
     # each its own symbol until some operation compares them, and SDPA's fake does not.
     if known_different(key_shape[2], value_shape[2]):
@@ -165,12 +169,12 @@ def _check_users(attention: Attention, update: CacheUpdate, path: ViewPath) -> N
 
 def _check_not_overwritten(attention: Attention, update: CacheUpdate) -> None:
     """Refuse if the new tokens change in place after the update copied them: the rewrite reads them later."""
-    for user in (user for member in _aliases(update.new) for user in member.users):
+    for user in (user for member in aliases(update.new) for user in member.users):
         if writes_in_place(user) and update.result < user < attention.output:
             raise _Refused(f"`{user.name}` overwrites the new tokens in place after the cache update")
 
 
-def _aliases(node: Node) -> Iterable[Node]:
+def aliases(node: Node) -> Iterable[Node]:
     """All nodes that may share memory with `node`, as far as views tell."""
     root = node
     while (source := view_input(root)) is not None:

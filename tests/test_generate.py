@@ -160,3 +160,18 @@ def test_explain_answers_any_number_of_times():
     model = llama()
     for _ in range(10):
         assert mikv_compile.explain(model, prompt()).sites == 2
+
+
+def test_two_models_in_one_process():
+    """Dynamo shares code between models of one class; their attention scales differ."""
+    for head_dim in (16, 32, 64):
+        model = llama(head_dim=head_dim)
+        want, _ = generate(model, prompt())
+        got, cache = generate(torch.compile(model, backend="mikv", options=OPTIONS), prompt())
+        assert torch.equal(got, want)
+        assert isinstance(cache.layers[0].keys, KVTensor), head_dim
+
+
+def test_explain_of_a_compiled_model():
+    fast = torch.compile(llama(), backend="mikv", options=OPTIONS)
+    assert mikv_compile.explain(fast, prompt()).sites == 2

@@ -24,7 +24,7 @@ class Layers(torch.nn.Module):
                 keys.append(torch.tensor([]))
                 values.append(torch.tensor([]))
             keys[i], values[i] = torch.cat([keys[i], k], -2), torch.cat([values[i], v], -2)
-            out = torch.nn.functional.scaled_dot_product_attention(k, keys[i], values[i]).mean()
+            out = torch.nn.functional.scaled_dot_product_attention(k, keys[i], values[i], is_causal=True).mean()
         return out
 
 

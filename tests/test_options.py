@@ -157,3 +157,8 @@ def test_steps_of_an_evicting_plan_keep_its_shares():
         length += 1
         assert 0.45 * length - 64 - 1 <= counts[1] <= 0.45 * length
         assert plan.high_target(length) <= counts[0] < plan.high_target(length) + 2 * plan.flush_every + 1
+
+
+def test_shares_that_add_up_to_one_evict_nothing():
+    plan = Planner(Options(tiers="int8:0.5,k4v2:0.5", window=0, sinks=0)).layer(0, SHAPE)
+    assert not plan.evicts and sum(plan.fill(100).counts) == 100

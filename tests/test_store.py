@@ -328,3 +328,82 @@ def test_keys_of_one_cache_with_values_of_another():
     got, want = (run(m, c, inputs([1], seed=4)) for m, c in ((fast, cache), (decoder, dense)))
     torch.testing.assert_close(got, want, atol=0.3, rtol=0)
     assert cache_report(cache).fallbacks == {"keys and values of different stores": 2}
+
+
+@pytest.mark.parametrize("again", ["clone", "repeat", "rows"])
+def test_the_same_operation_twice_gives_independent_caches(again):
+    """Three continuations of one prompt, one after the other, do not see each other."""
+    make = {
+        "clone": lambda t: t.clone(),
+        "repeat": lambda t: t.repeat_interleave(2, dim=0),
+        "rows": lambda t: t.index_select(0, torch.tensor([0, 0])),
+    }[again]
+    decoder, fast, base, _ = filled(options={"tiers": "fp:0.2", "window": 8, "flush_every": 1})
+    rows = 1 if again == "clone" else 2
+    seen = []
+    for _ in range(3):
+        branch = decoder.new_cache()
+        branch.keys, branch.values = [make(k) for k in base.keys], [make(v) for v in base.values]
+        assert branch.keys[0].store is branch.values[0].store
+        seen.append(torch.cat(run(fast, branch, inputs([1] * 12, batch=rows, seed=3)), 1))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_rows_of_an_index_that_has_changed():
+    _, _, cache, _ = filled(options={"budget": 1.0}, batch=3)
+    key = cache.keys[0]
+    with torch.inference_mode():
+        index = torch.tensor([0])
+        assert torch.equal(key.index_select(0, index).dequantize(), key.dequantize()[:1])
+        index.fill_(-1)
+        assert torch.equal(key[index].dequantize(), key.dequantize()[2:])
+    assert torch.equal(copy.copy(key).dequantize(), key.dequantize())
+
+
+def test_keys_and_values_of_different_lengths():
+    _, fast, cache, _ = filled()
+    cache.values = [v[..., :100, :] for v in cache.values]
+    with pytest.raises(MikvError, match="keys have 150 tokens and its values 100"):
+        run(fast, cache, inputs([1]))
+
+
+def test_writes_inside_a_compiled_function_are_refused():
+    _, _, cache, _ = filled()
+    for write in (lambda k: k[:, :, :2].zero_(), lambda k: k.narrow(2, 0, 2).mul_(2), lambda k: k.view(-1).add_(1)):
+        torch._dynamo.reset()
+
+        def step(cache, write=write):
+            write(cache.keys[0])
+            return cache.keys[0].sum()
+
+        with pytest.raises(Exception, match="writes into a compressed KV cache"), torch.no_grad():
+            compiled(step)(cache)
+
+
+def test_crop_of_an_evicting_plan_keeps_its_share_of_the_length():
+    _, fast, cache, _ = filled(tokens=1000, options={"tiers": "fp:0.25", "window": 16, "sinks": 4})
+    cache.keys, cache.values = [k[..., :900, :] for k in cache.keys], [v[..., :900, :] for v in cache.values]
+    run(fast, cache, inputs([1]))
+    store = cache.keys[0].store
+    # 270 of 1,000 were kept; of these every head still has those below 900, and may keep 225 + 20.
+    assert 180 < store.counts[0] <= store.plan.high_target(901)
+
+
+def test_prompt_in_inference_mode_and_steps_outside():
+    decoder = Decoder()
+    fast = compiled(decoder, preset="mikv-paper")
+    cache, dense = decoder.new_cache(), decoder.new_cache()
+    xs = inputs([60, 1, 1, 1])
+    with torch.inference_mode():
+        fast(xs[0], cache)
+    run(decoder, dense, xs)
+    got = run(fast, cache, xs[1:])
+    assert got[-1].isfinite().all() and isinstance(cache.keys[0], KVTensor)
+
+
+def test_what_is_left_of_a_front_crop_is_dense_and_right():
+    decoder, fast, cache, dense = filled(options={"budget": 1.0})
+    for c in (cache, dense):
+        c.keys, c.values = [k[:, :, 10:] for k in c.keys], [v[:, :, 10:] for v in c.values]
+    got, want = run(fast, cache, inputs([1, 1], seed=2)), run(decoder, dense, inputs([1, 1], seed=2))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
