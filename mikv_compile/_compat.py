@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 from mikv_compile.errors import MikvError
 
@@ -36,8 +37,16 @@ def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
     return library
 
 
+plain_functions = torch._C.DisableTorchFunctionSubclass
+"""A context in which tensor subclasses' ``__torch_function__`` is not called."""
+
 no_torch_function = torch._C._disabled_torch_function_impl
 """A tensor subclass with this as ``__torch_function__`` is seen by ``__torch_dispatch__`` only."""
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo trace this dimension as a symbol from the first time on."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def make_wrapper(

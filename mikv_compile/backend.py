@@ -16,7 +16,6 @@ from mikv_compile.handle import KVTensor
 from mikv_compile.lowering import Lowering, PlannedSite, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, analyze, rewrite
 from mikv_compile.passes.node_utils import fake, writes_in_place
-from mikv_compile.passes.pair import aliases
 from mikv_compile.plan import Planner
 from mikv_compile.report import GraphReport, SiteReport, record
 from mikv_compile.runtime import CompressedGraph, SiteCall
@@ -92,8 +91,12 @@ def _make_dense(rewritten: RewrittenGraph, example_inputs: list[Any]) -> list[An
 
 def _refuse_writes(handle: Node) -> None:
     """The graph gets a dense copy of this handle; what it writes into that would be lost."""
-    for user in (user for member in aliases(handle) for user in member.users):
-        if writes_in_place(user):
+    views = [handle]
+    for user in (user for view in views for user in view.users):
+        value = fake(user)
+        if isinstance(value, KVTensor) or (value is not None and value._is_view()):
+            views.append(user)
+        if writes_in_place(user) and any(argument in views for argument in user.args[:1]):
             raise MikvError(
                 f"`{user.name}` writes into a compressed KV cache ({handle.name}) in a way that cannot be rewritten; "
                 "replace the layer's tensors by handle.dequantize() first"

@@ -12,7 +12,7 @@ from typing import Any
 from mikv_compile.errors import OptionError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Keys need about two bits more than values; see docs/architecture.md for what the figures rest on.
+    # Keys need about two bits more than values; `make demo` measures what this costs on a real model.
     "mikv": {"tiers": "int8:0.02,k4v2", "policy": "snapkv", "quantizer": "kivi"},
     # MiKV as published (arXiv 2402.18096): half of the 20 % are heavy hitters, half are recent; per-step demotion.
     "mikv-paper": {

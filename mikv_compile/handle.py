@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from mikv_compile import _compat
 from mikv_compile.errors import MikvError
@@ -45,7 +44,7 @@ class KVTensor(torch.Tensor):
         self.store, self.role, self.anchor, self._plan = store, role, store.anchor, store.plan
         store.register(self)
         # The length changes in every step: without this, the second step compiles once more.
-        torch._dynamo.maybe_mark_dynamic(self, 2)
+        _compat.mark_dynamic(self, 2)
         return self
 
     @property
@@ -117,7 +116,7 @@ class KVTensor(torch.Tensor):
             # A view of dequantized values: writing into it would be lost as well.
             return func(_dequantized(first, func), *args[1:], **kwargs).as_subclass(DequantizedView)
 
-        args, kwargs = tree_map_only(KVTensor, lambda handle: _dequantized(handle, func), (args, kwargs))
+        args, kwargs = _compat.tree_map_only(KVTensor, lambda handle: _dequantized(handle, func), (args, kwargs))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVTensor:
@@ -150,13 +149,13 @@ class DequantizedView(torch.Tensor):
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
                 raise _refused(name)
-        with torch._C.DisableTorchFunctionSubclass():
+        with _compat.plain_functions():
             result = func(*args, **(kwargs or {}))
 
         def keep_views(value: torch.Tensor) -> torch.Tensor:
             return value.as_subclass(DequantizedView if value._base is not None else torch.Tensor)
 
-        return tree_map_only(torch.Tensor, keep_views, result)
+        return _compat.tree_map_only(torch.Tensor, keep_views, result)
 
 
 _IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))

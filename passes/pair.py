@@ -169,12 +169,12 @@ def _check_users(attention: Attention, update: CacheUpdate, path: ViewPath) -> N
 
 def _check_not_overwritten(attention: Attention, update: CacheUpdate) -> None:
     """Refuse if the new tokens change in place after the update copied them: the rewrite reads them later."""
-    for user in (user for member in aliases(update.new) for user in member.users):
+    for user in (user for member in _aliases(update.new) for user in member.users):
         if writes_in_place(user) and update.result < user < attention.output:
             raise _Refused(f"`{user.name}` overwrites the new tokens in place after the cache update")
 
 
-def aliases(node: Node) -> Iterable[Node]:
+def _aliases(node: Node) -> Iterable[Node]:
     """All nodes that may share memory with `node`, as far as views tell."""
     root = node
     while (source := view_input(root)) is not None:

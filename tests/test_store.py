@@ -379,6 +379,11 @@ def test_writes_inside_a_compiled_function_are_refused():
         with pytest.raises(Exception, match="writes into a compressed KV cache"), torch.no_grad():
             compiled(step)(cache)
 
+    torch._dynamo.reset()
+    with torch.no_grad():
+        doubled = compiled(lambda cache: cache.keys[0].clone().mul_(2))(cache)
+    assert torch.equal(doubled, cache.keys[0].dequantize() * 2)
+
 
 def test_crop_of_an_evicting_plan_keeps_its_share_of_the_length():
     _, fast, cache, _ = filled(tokens=1000, options={"tiers": "fp:0.25", "window": 16, "sinks": 4})
