@@ -139,7 +139,7 @@ def test_emit_born_stands_right_behind_the_attention():
     def prefill(q, k, v):
         keys = torch.cat([torch.tensor([]), k + 1], -2)
         values = torch.cat([torch.tensor([]), v + 1], -2)
-        return F.scaled_dot_product_attention(q, keys, values) + 1, keys, values
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True) + 1, keys, values
 
     result = rewritten(capture(prefill, query(3, H), new(3), new(3)), Emit())
     targets = [node.target for node in result.gm.graph.nodes]
