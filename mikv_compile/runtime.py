@@ -66,19 +66,24 @@ class CompressedGraph:
             inputs += [*store.buffers, encoded[orders]]
         try:
             outputs = list(self._function(*inputs))
+            for site, store, orders, new in stores:
+                _commit(site, store, orders, new, outputs)
         except BaseException:
             _abandon(stores)
             raise
-        for site, store, orders, new in stores:
-            if site.rewritten.key_input is None:
-                store.filled(orders, new)
-            else:
-                store.commit(orders, new)
-            for position in site.rewritten.key_outputs:
-                outputs[position] = KVTensor(store, "key")
-            for position in site.rewritten.value_outputs:
-                outputs[position] = KVTensor(store, "value")
         return tuple(outputs)
+
+
+def _commit(site: SiteCall, store: LayerStore, orders: Orders, new: int, outputs: list[Any]) -> None:
+    """Take over what the graph did to a store, and put its handles where the dense cache was returned."""
+    if site.rewritten.key_input is None:
+        store.filled(orders, new)
+    else:
+        store.commit(orders, new)
+    for position in site.rewritten.key_outputs:
+        outputs[position] = KVTensor(store, "key")
+    for position in site.rewritten.value_outputs:
+        outputs[position] = KVTensor(store, "value")
 
 
 def _dense(value: Any) -> Any:

@@ -294,6 +294,26 @@ def test_a_failed_allocation_leaves_the_cache_as_it_was(monkeypatch):
     assert cache.length == 65
 
 
+def test_an_error_while_a_step_is_taken_over(monkeypatch):
+    """Ordinary steps leave the cache as it was, demoting ones mark it."""
+    for options, tokens, spoiled in (({"budget": 1.0}, 64, False), ({"preset": "mikv-paper"}, 200, True)):
+        torch._dynamo.reset()
+        _, fast, cache, _ = filled(tokens=tokens, options=options)
+        store = cache.keys[1].store
+        before = cache.keys[0].dequantize()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store), "_trim", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            with pytest.raises(torch.OutOfMemoryError):
+                run(fast, cache, inputs([1] * 5))
+        if spoiled:
+            with pytest.raises(UnusableCacheError):
+                run(fast, cache, inputs([1]))
+        else:
+            assert torch.equal(cache.keys[0].dequantize(), before)
+            run(fast, cache, inputs([1]))
+            assert cache.length == tokens + 1
+
+
 def test_public_names():
     for name in mikv_compile.__all__:
         assert getattr(mikv_compile, name) is not None
