@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 from mikv_compile.errors import MikvError

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mikv_compile._compat import statically_known_true
 
 _METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "__len__"})
 _METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})

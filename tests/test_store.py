@@ -352,7 +352,7 @@ def test_keys_of_one_cache_with_values_of_another():
 
 @pytest.mark.parametrize("again", ["clone", "repeat", "rows"])
 def test_the_same_operation_twice_gives_independent_caches(again):
-    """Three continuations of one prompt, one after the other, do not see each other."""
+    """Three continuations of one prompt, one after the other and all kept, do not see each other."""
     make = {
         "clone": lambda t: t.clone(),
         "repeat": lambda t: t.repeat_interleave(2, dim=0),
@@ -360,9 +360,10 @@ def test_the_same_operation_twice_gives_independent_caches(again):
     }[again]
     decoder, fast, base, _ = filled(options={"tiers": "fp:0.2", "window": 8, "flush_every": 1})
     rows = 1 if again == "clone" else 2
-    seen = []
+    seen, alive = [], []
     for _ in range(3):
         branch = decoder.new_cache()
+        alive.append(branch)
         branch.keys, branch.values = [make(k) for k in base.keys], [make(v) for v in base.values]
         assert branch.keys[0].store is branch.values[0].store
         seen.append(torch.cat(run(fast, branch, inputs([1] * 12, batch=rows, seed=3)), 1))
