@@ -289,14 +289,24 @@ class Orders(NamedTuple):
     """Tokens that leave tier 0 at the end of this call."""
     moves: tuple[int, ...]
     """Of those, how many go to tier 1, 2, ...: best scores first. The rest is evicted."""
+    first: int = 0
+    """Position of the first token that the call sees: column 0 of its mask. Older ones have left a sliding window."""
+    fresh: bool = False
+    """The store is empty, and the call's own tokens fill it as a prompt does: ``counts`` go to each tier."""
 
     def encode(self) -> torch.Tensor:
         """The int64 tensor."""
-        head = [self.length, self.sinks, self.recent_from, self.victims]
+        head = [self.length, self.sinks, self.recent_from, self.victims, self.first, int(self.fresh)]
         return torch.tensor([*head, *self.counts, *self.moves], dtype=torch.int64)
 
     @classmethod
     def decode(cls, tensor: torch.Tensor, num_tiers: int) -> Orders:
         """Inverse of :meth:`encode`; ``tensor`` is on the CPU."""
-        length, sinks, recent_from, victims, *rest = tensor.tolist()
-        return cls(length, sinks, recent_from, tuple(rest[:num_tiers]), victims, tuple(rest[num_tiers:]))
+        length, sinks, recent_from, victims, first, fresh, *rest = tensor.tolist()
+        counts, moves = tuple(rest[:num_tiers]), tuple(rest[num_tiers:])
+        return cls(length, sinks, recent_from, counts, victims, moves, first, bool(fresh))
+
+    @classmethod
+    def encoded_size(cls, num_tiers: int) -> int:
+        """Elements of the int64 tensor."""
+        return 6 + 2 * num_tiers - 1

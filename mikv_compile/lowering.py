@@ -13,7 +13,7 @@ import mikv_compile.kernels.ops  # noqa: F401  (declares torch.ops.mikv)
 from mikv_compile import _compat
 from mikv_compile.handle import KVTensor
 from mikv_compile.kernels import dispatch
-from mikv_compile.kernels.formats import buffer_names, buffer_shapes
+from mikv_compile.kernels.formats import Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import Declined, Operands, Site
 from mikv_compile.passes.node_utils import fake
 from mikv_compile.plan import CacheShape, LayerPlan, Planner
@@ -122,7 +122,7 @@ class Lowering:
             dynamic = grows | ({0} if symbolic_batch else set())
             source = self.source(site, name)
             made.append((name, _compat.growing_fake(mode, shape, dtype, key.device, dynamic, source)))
-        told = torch.zeros(4 + 2 * tiers - 1, dtype=torch.int64)
+        told = torch.zeros(Orders.encoded_size(tiers), dtype=torch.int64)
         source = self.source(site, "orders")
         orders = _compat.growing_fake(mode, tuple(told.shape), told.dtype, told.device, set(), source)
         return [*made, ("orders", orders)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from mikv_compile.passes.node_utils import argument, as_number, fake, is_op, names, output_positions, rank, same_kind
-from mikv_compile.passes.records import Attention
+from mikv_compile.passes.records import Attention, ScoreTerm
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.views import is_cast, is_key_transpose, is_noop_cast, view_input
 
@@ -78,7 +78,7 @@ def recognize(node: Node) -> Attention | Declined | None:
         query=query,
         key=key,
         value=value,
-        mask=scores.mask,
+        terms=() if scores.mask is None else (ScoreTerm("add", scores.mask),),
         scale=scores.scale * query_scale * key_scale,
         is_causal=False,
         enable_gqa=False,

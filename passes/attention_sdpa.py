@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from mikv_compile.passes.node_utils import argument, as_number, fake, is_op, rank
-from mikv_compile.passes.records import Attention
+from mikv_compile.passes.records import Attention, ScoreTerm
 from mikv_compile.passes.report import Declined
 
 SDPA_TARGETS = (
@@ -56,13 +56,14 @@ def recognize(node: Node) -> Attention | Declined | None:
     number = as_number(scale)
     if number is None:
         return decline(f"scale is {scale!r}, not a plain number")
+    terms = () if mask is None else (ScoreTerm("keep" if mask_value.dtype == torch.bool else "add", mask),)
     return Attention(
         output=node,
         nodes=(node,),
         query=query,
         key=key,
         value=value,
-        mask=mask,
+        terms=terms,
         scale=float(number),
         is_causal=is_causal,
         enable_gqa=enable_gqa,

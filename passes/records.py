@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.fx import Node
+
+Dims = tuple[str, ...]
+"""What each dimension of a node holds: b (batch), k (KV heads), g (query heads that share one), r (query rows),
+t (tokens), d (channels), or several of them merged, outermost first. `"1"` is a dimension of size 1."""
+
+HEADED: Dims = ("b", "kg", "r", "d")
+"""Query and output as SDPA has them: `[B, Hq, R, D]`, query head h reads KV head `h // groups`."""
+
+
+@dataclass(frozen=True)
+class ScoreTerm:
+    """A step that changes the scaled scores, by a tensor that broadcasts to them from the right."""
+
+    kind: Literal["add", "keep", "fill"]
+    """add: `s + value * node`; keep: -inf where the bool `node` is False; fill: `value` where it is True."""
+    node: Node
+    value: float = 1.0
+    dims: Dims = ("b", "kg", "r", "t")
+    """Dimensions of the scores that it broadcasts to."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call in canonical form: `softmax(scale * q k^T + mask) v`.
+    """One attention call in canonical form: `softmax(terms(cap(scale * q k^T))) v`.
 
-    Shapes: query `[B, Hq, R, D]`, key `[B, Hk, T, D]`, value `[B, Hk, T, Dv]`, output `[B, Hq, R, Dv]`.
+    `cap(s) = softcap * tanh(s / softcap)`. The dimensions of the operands are what their `dims` say; by default query
+    `[B, Hq, R, D]`, key `[B, Hk, T, D]`, value `[B, Hk, T, Dv]`, output `[B, Hq, R, Dv]`.
     """
 
     output: Node
@@ -22,14 +43,28 @@ class Attention:
     key: Node
     """The key operand before the idiom's own transpose."""
     value: Node
-    mask: Node | None
-    """Bool (True = attend) or additive float, as the model wrote it, broadcastable to `[B, Hq, R, T]`."""
+    terms: tuple[ScoreTerm, ...]
+    """What is done to the scores after scale and softcap, in the model's order."""
     scale: float
     is_causal: bool
     """In torch's meaning: aligned to the top left corner."""
     enable_gqa: bool
     form: str
-    """"sdpa" or "eager"."""
+    """The idiom, such as "sdpa" or "eager"."""
+    softcap: float | None = None
+    sinks: Node | None = None
+    """Logits of columns that take part in the softmax and have no value, broadcastable to `[B, Hq, R, n]`."""
+    query_dims: Dims = HEADED
+    key_dims: Dims = ("b", "kg", "t", "d")
+    value_dims: Dims = ("b", "kg", "t", "d")
+    output_dims: Dims = HEADED
+
+    @property
+    def mask(self) -> Node | None:
+        """The one mask, bool (True = attend) or additive, if that is all that is done to the scores."""
+        if len(self.terms) != 1 or self.terms[0].kind == "fill" or self.terms[0].value != 1.0:
+            return None
+        return self.terms[0].node
 
 
 @dataclass(frozen=True)
