@@ -1,4 +1,4 @@
-"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows or tokens, channels]`, one mask."""
+"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask."""
 
 from __future__ import annotations
 
@@ -163,4 +163,3 @@ def with_sinks(graph: Graph, out: Node, lse: Node, sinks: Node) -> tuple[Node, N
     share = graph.call_method("unsqueeze", (share, -1))
     scaled = graph.call_function(torch.mul, (out, share))
     return graph.call_method("type_as", (scaled, out)), total
-

@@ -1,4 +1,4 @@
-"""Preallocated sliding window: all tokens move left to make room for new ones, or a prompt replaces the whole window."""
+"""Preallocated sliding window: all tokens move left to make room, or a prompt replaces the whole window."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ import operator
 import torch
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import (
-    argument,
-    fake,
-    is_metadata,
-    is_op,
-    known_equal,
-    same_kind,
-    shape_of,
-    writes_in_place,
-)
+from mikv_compile.passes.node_utils import argument, fake, is_metadata, is_op, known_equal, same_kind, shape_of
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
-from mikv_compile.passes.views import aliases, slice_of_tokens, view_input
+from mikv_compile.passes.views import in_place_writers, slice_of_tokens, view_input
 
 _ROLL = (torch.roll, "roll")
 
@@ -30,10 +21,7 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
     if not is_op(node, "copy_") or not is_cached_tensor(node.args[0]) or not isinstance(node.args[1], Node):
         return None
     cached, source = node.args[0], node.args[1]
-    writers = [
-        user for member in aliases(cached) for user in member.users if writes_in_place(user) and user.args[0] is member
-    ]
-    if writers != [node] or not same_kind(cached, source) or not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
+    if in_place_writers(cached) != [node] or not same_kind(cached, source) or not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
         return None
     return _rolled(node, cached, source) or _replaced(node, cached, source)
 

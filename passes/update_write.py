@@ -25,7 +25,7 @@ from mikv_compile.passes.node_utils import (
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
-from mikv_compile.passes.views import aliases, is_alias, slice_bounds, view_input
+from mikv_compile.passes.views import aliases, in_place_writers, is_alias, slice_bounds, view_input
 
 _INDEX_COPY = (torch.index_copy, "index_copy", "index_copy_")
 _INDEX_PUT = (torch.index_put, torch.index_put_, "index_put", "index_put_")
@@ -80,14 +80,10 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
     if any(not known_equal(a, b) for i, (a, b) in enumerate(zip(shape, new_shape, strict=True)) if i != token_dim):
         raise _NotSupported("the new tokens fill only a part of the cache's batch, heads or channels")
     in_place = writes_in_place(node)
-    family = aliases(root)
-    writers = [
-        user for member in family for user in member.users if writes_in_place(user) and user.args[0] is member
-    ]
-    if in_place and writers != [node]:
+    if in_place_writers(root) != ([node] if in_place else []):
         raise _NotSupported("this graph writes more than once into the cache")
     if in_place:
-        sources = tuple(sorted(n for n in family if is_alias_of(n, root) and not _precedes(n, node, root)))
+        sources = tuple(sorted(n for n in aliases(root) if is_alias_of(n, root) and not _precedes(n, node, root)))
         value = node if fake(node) is not None else root
     else:
         sources, value = (), node

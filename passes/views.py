@@ -26,6 +26,7 @@ from mikv_compile.passes.node_utils import (
     shape_of,
     value_of,
     var_arguments,
+    writes_in_place,
 )
 from mikv_compile.passes.records import Dims
 
@@ -145,8 +146,8 @@ def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
 def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
     """How often each head of the cache is repeated in an operand whose dimensions should be `dims`, and its tokens.
 
-    The letters are those of :data:`~mikv_compile.passes.records.Dims`. Heads must be interleaved: `kg` holds each KV head
-    several times in a row. The axis of the tokens is None if there is one token for sure.
+    The letters are those of :data:`~mikv_compile.passes.records.Dims`. Heads must be interleaved: `kg` holds each KV
+    head several times in a row. The axis of the tokens is None if there is one token for sure.
 
     Raises:
         NotAView: if the dimensions hold something else.
@@ -156,6 +157,8 @@ def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
     repeats, tokens = 1, None
     for axes, letters in zip(layout, dims, strict=True):
         left = list(axes)
+        if "k" in letters and any(axis.name == "H" for axis in axes) and letters[0] == "k" and axes[0].name != "H":
+            raise NotAView("the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave")
         for letter in letters:
             wanted = {"b": "B", "k": "H", "t": "T", "d": "D"}.get(letter)
             if wanted is not None and left and left[0].name == wanted:
@@ -164,16 +167,9 @@ def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
             while letter == "g" and left and left[0].name == "repeat":
                 repeats *= left.pop(0).size
         if left:
-            raise NotAView(_why_unlike(left, letters))
+            held = " x ".join(axis.name for axis in axes)
+            raise NotAView(f"after the views between, the dimension for {letters!r} holds {held} of the cache")
     return repeats, tokens
-
-
-def _why_unlike(left: list[Axis], letters: str) -> str:
-    """What is wrong with a dimension that holds `left` beyond what `letters` say."""
-    if "k" in letters and left[0].name == "repeat" and any(axis.name == "H" for axis in left):
-        return "the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave"
-    held = " x ".join(axis.name for axis in left)
-    return f"after the views between, the dimension for {letters!r} holds {held} of the cache"
 
 
 def _kind(node: Node) -> str:
@@ -345,6 +341,12 @@ def aliases(root: Node) -> list[Node]:
                 found[user] = None
                 todo.append(user)
     return list(found)
+
+
+def in_place_writers(root: Node) -> list[Node]:
+    """Every node that writes into a tensor or a view of it, in graph order."""
+    found = [user for member in aliases(root) for user in member.users if writes_in_place(user) and user.args]
+    return sorted(dict.fromkeys(user for user in found if user.args[0] in aliases(root)))
 
 
 def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
