@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from mikv_compile.errors import MikvError
 
@@ -133,3 +135,20 @@ def backend_name(wrapper: Any) -> str | None:
     while callback is not None and not hasattr(callback, "compiler_name"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     return getattr(callback, "compiler_name", None)
+
+
+def shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two plain tensors lie in the same memory."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def storage_is_shared(tensor: torch.Tensor) -> bool:
+    """True if another tensor lies in this one's memory, or the memory cannot be given back."""
+    storage = tensor.untyped_storage()
+    # One reference is the tensor's, one is that of the Python object `storage`.
+    return torch._C._storage_Use_Count(storage._cdata) > 2 or not storage.resizable()
+
+
+def parse_to(*args: Any, **kwargs: Any) -> Any:
+    """(device, dtype, non_blocking, memory_format) of the arguments of ``Tensor.to``."""
+    return torch._C._nn._parse_to(*args, **kwargs)

@@ -103,7 +103,12 @@ def _old_store(site: SiteCall, args: Sequence[Any], new: int) -> tuple[LayerStor
     assert site.rewritten.key_input is not None and site.rewritten.value_input is not None
     key, value = args[site.rewritten.key_input], args[site.rewritten.value_input]
     if isinstance(key, KVTensor) and isinstance(value, KVTensor):
-        store = _joined(key, value).continued_from((key, value))
+        if key.range[0] > key._real_store("reading").base:
+            # The kernels see all tokens of a store, so one that starts later has to be made.
+            dense = [handle.dequantize() for handle in (key, value)]
+            store = _filled(key.plan, site.shape(args), dense[0], dense[1])
+        else:
+            store = _joined(key, value).continued_from((key, value))
     else:
         store = _compressed(site, key, value)
     return store, store.prepare(new)
