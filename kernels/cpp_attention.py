@@ -101,6 +101,7 @@ def attend(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
     buffers: StoreBuffers,
     fmt: LayerFormat,
     counts: tuple[int, ...],
@@ -111,7 +112,7 @@ def attend(
     Args:
         q: [B, H_q, R, D_k]; k, v: [B, H_kv, S, D_k] and [B, H_kv, S, D_v]; float32, float16 or bfloat16 on the CPU.
         mask: None, or broadcastable to [B, H_q, R, length + S], bool or floating.
-        scale, buffers, fmt, counts, length: as in the reference.
+        scale, softcap, buffers, fmt, counts, length: as in the reference.
 
     Returns:
         output [B, H_q, R, D_v] in q's dtype and log-sum-exp [B, H_q, R] float32. The same bits for any number of
@@ -123,6 +124,8 @@ def attend(
     """
     if not q.is_cpu or q.dtype not in _FLOAT_KINDS:
         raise NotCovered(f"queries of {q.dtype} on {q.device}")
+    if softcap:
+        raise NotCovered("a softcap")
     kernel = _kernel()
     batch, heads, rows, key_dim = q.shape
     kv_heads, own, value_dim = k.shape[1], k.shape[2], v.shape[3]

@@ -1,90 +1,118 @@
 """The ops that rewritten graphs call, declared once with ``torch.library``.
 
 =======================  ==============================================================================================
-``mikv::importance_v1``  scores of a prompt's tokens by a policy
+``mikv::importance_v2``  scores of a prompt's tokens by a policy
 ``mikv::compress_v1``    fill a new store's buffers from a prompt
-``mikv::attend_v1``      attention over a store's tiers and the call's own tokens; reads only
-``mikv::update_v1``      scores, append, demote; after ``attend_v1`` in the same step
+``mikv::attend_v2``      attention over a store's tiers and the call's own tokens; reads only
+``mikv::update_v2``      scores, append, demote; after ``attend_v2`` in the same step
+``mikv::append_v1``      the same for tokens that come without queries
+``mikv::read_v1``        the stored tokens as dense keys and values
 =======================  ==============================================================================================
 
 Meaning, fixed: a call's own tokens are attended exactly; a token demoted because of this call is still read at its old
 precision in this call; scores are the attention that was really computed. ``format`` is the text of a
 :class:`~mikv_compile.kernels.formats.LayerFormat`, ``buffers`` the flat list of a
 :class:`~mikv_compile.kernels.formats.StoreBuffers`, ``orders`` an encoded
-:class:`~mikv_compile.kernels.formats.Orders`. A schema that changes gets a new version in its name: compiled artefacts
-are cached by name.
+:class:`~mikv_compile.kernels.formats.Orders`, ``softcap`` 0 where there is none. What the columns of ``mask`` are is
+told in :mod:`~mikv_compile.kernels.masks`. A schema that changes gets a new version in its name: compiled artefacts are
+cached by name.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import scoring, store_ops
+from mikv_compile.kernels import masks, scoring, store_ops
 from mikv_compile.kernels.dispatch import run
-from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
+from mikv_compile.kernels.formats import BUFFERS_PER_TIER, LayerFormat, Orders, StoreBuffers
+from mikv_compile.kernels.scoring import AttentionArgs
 
 _library = torch.library.Library("mikv", "DEF")
 
 _library.define(
-    "importance_v1(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, str policy) -> Tensor"
+    "importance_v2(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, float softcap,"
+    " Tensor? sinks, str policy) -> Tensor"
 )
 _library.define(
     "compress_v1(Tensor q, Tensor k, Tensor v, Tensor scores, Tensor(a!)[] buffers, Tensor orders, str format) -> ()"
 )
 _library.define(
-    "attend_v1(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, Tensor[] buffers, Tensor orders, str format)"
-    " -> (Tensor, Tensor)"
+    "attend_v2(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor[] buffers, Tensor orders,"
+    " str format) -> (Tensor, Tensor)"
 )
 _library.define(
-    "update_v1(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? mask, float scale, Tensor(a!)[] buffers,"
-    " Tensor orders, str format) -> ()"
+    "update_v2(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? mask, float scale, float softcap,"
+    " Tensor(a!)[] buffers, Tensor orders, str format, str policy) -> ()"
+)
+_library.define("append_v1(Tensor k, Tensor v, Tensor(a!)[] buffers, Tensor orders, str format) -> ()")
+_library.define(
+    "read_v1(Tensor[] buffers, Tensor orders, str format, SymInt tokens, SymInt key_dim, SymInt value_dim,"
+    " ScalarType dtype) -> (Tensor, Tensor)"
 )
 
 
-def _full_mask(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """A mask with four dimensions and a column for each of ``tokens`` positions."""
-    if mask is None:
-        return None
-    while mask.dim() < 4:
-        mask = mask[None]
-    return mask.expand(-1, -1, -1, tokens)
+def _typed(buffers, orders, format):
+    fmt = LayerFormat.parse(format)
+    return StoreBuffers.from_list(buffers), fmt, Orders.decode(orders, len(fmt.tiers))
 
 
-def _importance(q, k, v, mask, scale, is_causal, policy):
-    return scoring.score(policy, q, k, v, _full_mask(mask, k.shape[2]), scale, is_causal)
+def _importance(q, k, v, mask, scale, is_causal, softcap, sinks, policy):
+    seen = masks.seen_columns(mask, k.shape[2])
+    return scoring.score(policy, q, k, v, AttentionArgs(seen, scale, is_causal, softcap, masks.four_dims(sinks)))
 
 
 def _compress(q, k, v, scores, buffers, orders, format):
-    fmt = LayerFormat.parse(format)
-    store_ops.compress(q, k, v, scores, StoreBuffers.from_list(buffers), fmt, Orders.decode(orders, len(fmt.tiers)))
+    store_ops.compress(q, k, v, scores, *_typed(buffers, orders, format))
 
 
-def _attend(q, k, v, mask, scale, buffers, orders, format):
-    fmt = LayerFormat.parse(format)
-    told = Orders.decode(orders, len(fmt.tiers))
-    stored = StoreBuffers.from_list(buffers)
-    full = _full_mask(mask, told.length + k.shape[2])
-    return run("attend", q.device, q, k, v, full, scale, stored, fmt, told.counts, told.length)
+def _attend(q, k, v, mask, scale, softcap, buffers, orders, format):
+    stored, fmt, told = _typed(buffers, orders, format)
+    own, counts = k.shape[2], (0,) * len(fmt.tiers) if told.fresh else told.counts
+    seen = masks.by_position(mask, told, own, q.device)
+    out, lse = run("attend", q.device, q, k, v, seen, scale, softcap, stored, fmt, counts, told.length)
+    return masks.add_unwritten(out, lse, mask, told, own)
 
 
-def _update(q, k, v, lse, mask, scale, buffers, orders, format):
-    fmt = LayerFormat.parse(format)
-    told = Orders.decode(orders, len(fmt.tiers))
-    full = _full_mask(mask, told.length + k.shape[2])
-    store_ops.update(q, k, v, lse, full, scale, StoreBuffers.from_list(buffers), fmt, told)
+def _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy):
+    stored, fmt, told = _typed(buffers, orders, format)
+    if not told.fresh:
+        seen = masks.by_position(mask, told, k.shape[2], q.device) if fmt.watch else None
+        store_ops.update(q, k, v, lse, seen, scale, softcap, stored, fmt, told)
+        return
+    scores = lse.new_empty(0)
+    if fmt.has_scores:
+        args = AttentionArgs(masks.seen_columns(mask, k.shape[2]), scale, False, softcap)
+        scores = scoring.score(policy, q, k, v, args)
+    store_ops.compress(q, k, v, scores, stored, fmt, told)
+
+
+def _append(k, v, buffers, orders, format):
+    stored, fmt, told = _typed(buffers, orders, format)
+    if told.fresh:
+        scores = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+        # The keys stand in for the queries: the balancer becomes 1.
+        store_ops.compress(k, k, v, scores, stored, fmt, told)
+    else:
+        store_ops.append(k, v, None, stored, fmt, told)
+
+
+def _read(buffers, orders, format, tokens, key_dim, value_dim, dtype):
+    return store_ops.read(*_typed(buffers, orders, format), tokens, key_dim, value_dim, dtype)
 
 
 for _name, _impl in (
-    ("importance_v1", _importance),
+    ("importance_v2", _importance),
     ("compress_v1", _compress),
-    ("attend_v1", _attend),
-    ("update_v1", _update),
+    ("attend_v2", _attend),
+    ("update_v2", _update),
+    ("append_v1", _append),
+    ("read_v1", _read),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("mikv::importance_v1", lib=_library)
-def _(q, k, v, mask, scale, is_causal, policy):
+@torch.library.register_fake("mikv::importance_v2", lib=_library)
+def _(q, k, v, mask, scale, is_causal, softcap, sinks, policy):
     return k.new_empty(k.shape[:3], dtype=torch.float32)
 
 
@@ -93,11 +121,23 @@ def _(q, k, v, scores, buffers, orders, format):
     return None
 
 
-@torch.library.register_fake("mikv::attend_v1", lib=_library)
-def _(q, k, v, mask, scale, buffers, orders, format):
+@torch.library.register_fake("mikv::attend_v2", lib=_library)
+def _(q, k, v, mask, scale, softcap, buffers, orders, format):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("mikv::update_v1", lib=_library)
-def _(q, k, v, lse, mask, scale, buffers, orders, format):
+@torch.library.register_fake("mikv::update_v2", lib=_library)
+def _(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy):
     return None
+
+
+@torch.library.register_fake("mikv::append_v1", lib=_library)
+def _(k, v, buffers, orders, format):
+    return None
+
+
+@torch.library.register_fake("mikv::read_v1", lib=_library)
+def _(buffers, orders, format, tokens, key_dim, value_dim, dtype):
+    positions = buffers[BUFFERS_PER_TIER - 1]
+    lead = (*positions.shape[:2], tokens)
+    return positions.new_empty((*lead, key_dim), dtype=dtype), positions.new_empty((*lead, value_dim), dtype=dtype)

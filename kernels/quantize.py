@@ -60,9 +60,11 @@ def channel_balancer(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         k: [B, H_kv, T, D].
 
     Returns:
-        [B, H_kv, D] float32, within [1e-4, 1e4]; 1 where either maximum is 0 or not finite.
+        [B, H_kv, D] float32, within [1e-4, 1e4]; 1 where either maximum is 0 or not finite, or of no tokens.
     """
-    batch, kv_heads, _, dim = k.shape
+    batch, kv_heads, tokens, dim = k.shape
+    if not (tokens and q.shape[2]):
+        return torch.ones(batch, kv_heads, dim, device=k.device)
     q_max = q.abs().amax(dim=2).float().reshape(batch, kv_heads, -1, dim).amax(dim=2)
     k_max = k.abs().amax(dim=2).float()
     ratio = (q_max / k_max).sqrt()

@@ -1,4 +1,4 @@
-"""What a call does to a store: fill its tiers from a prompt, append new tokens, demote old ones.
+"""What a call does to a store: fill its tiers from a prompt, append new tokens, demote old ones, read all back.
 
 These compose the primitives of :mod:`dispatch`, so they run on every device alike.
 """
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
+
+READ_CHUNK = 2048
+"""Slots of a tier that :func:`read` dequantizes at a time."""
 
 
 def _protect(scores: torch.Tensor, positions: torch.Tensor, orders: Orders) -> torch.Tensor:
@@ -33,7 +36,7 @@ def compress(
     Args:
         q: [B, H_q, R, D_k], read only for the balancer. k, v: [B, H_kv, T, D].
         scores: [B, H_kv, T] float32; the highest go to tier 0. May have no elements when all tokens go to tier 0.
-        orders: ``counts`` tokens go to each tier, ``length`` is 0; tokens beyond their sum are evicted.
+        orders: ``counts`` tokens go to each tier; tokens beyond their sum are evicted. The first has position 0.
     """
     tokens = k.shape[2]
     balancer = None
@@ -94,6 +97,30 @@ def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, 
     run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
 
 
+def append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    own_scores: torch.Tensor | None,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+) -> None:
+    """Append a call's own tokens to tier 0, and demote what no longer fits.
+
+    Args:
+        k, v: [B, H_kv, S, D_k] and [B, H_kv, S, D_v].
+        own_scores: [B, H_kv, S] float32; None stands for zeros.
+        orders: see :class:`Orders`.
+    """
+    used, own = orders.counts[0], k.shape[2]
+    balancer = buffers.balancer if fmt.is_balanced else None
+    run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], used, k, v, None, orders.length, None, balancer)
+    if fmt.has_scores:
+        buffers.scores[:, :, used : used + own] = 0.0 if own_scores is None else own_scores
+    if orders.victims:
+        _demote(buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
+
+
 def update(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -101,6 +128,7 @@ def update(
     lse: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
     buffers: StoreBuffers,
     fmt: LayerFormat,
     orders: Orders,
@@ -108,22 +136,57 @@ def update(
     """After attention: update scores, append the call's own tokens to tier 0, and demote what no longer fits.
 
     Args:
-        q, k, v, mask, scale: as given to attention. lse: [B, H_q, R] float32, what it returned.
+        q, k, v, mask, scale, softcap: as given to attention. lse: [B, H_q, R] float32, what it returned.
         orders: see :class:`Orders`.
     """
-    used, device = orders.counts[0], k.device
-    balancer = buffers.balancer if fmt.is_balanced else None
     own = None
     watch = fmt.watch
     if watch is not None and k.shape[2] >= watch.least:
         rows = min(watch.rows or q.shape[2], q.shape[2])
         seen_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -rows:]
         seen = (q[:, :, -rows:], k, lse[:, :, -rows:], seen_mask)
-        own = run("add_scores", device, *seen, scale, buffers, fmt, used, orders.length)
+        own = run("add_scores", k.device, *seen, scale, softcap, buffers, fmt, orders.counts[0], orders.length)
         if watch.pool > 1:
             own = F.max_pool1d(own, watch.pool, stride=1, padding=watch.pool // 2)
-    run("write_tokens", device, buffers.tiers[0], fmt.tiers[0], used, k, v, None, orders.length, None, balancer)
-    if fmt.has_scores:
-        buffers.scores[:, :, used : used + k.shape[2]] = 0.0 if own is None else own
-    if orders.victims:
-        _demote(buffers, fmt, orders, used + k.shape[2], k.shape[3], v.shape[3])
+    append(k, v, own, buffers, fmt, orders)
+
+
+def read(
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+    tokens: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All stored tokens from position ``orders.first`` on, in the order of their positions; none may be missing.
+
+    Args:
+        tokens: columns of the result; those beyond the stored tokens are 0.
+
+    Returns:
+        keys [B, H_kv, tokens, key_dim] and values [B, H_kv, tokens, value_dim] of ``dtype``.
+    """
+    if orders.length - orders.first > tokens:
+        raise ValueError(f"{orders.length - orders.first} tokens do not fit into {tokens}")
+    positions = buffers.tiers[0].positions
+    lead, device = (*positions.shape[:2], tokens), positions.device
+    dense = [torch.zeros(*lead, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim)]
+    balancer = buffers.balancer if fmt.is_balanced else None
+    counts = (0,) * len(fmt.tiers) if orders.fresh else orders.counts
+    for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
+        for begin in range(0, count, READ_CHUNK):
+            end = min(begin + READ_CHUNK, count)
+            index = torch.arange(begin, end, device=device).expand(*lead[:2], -1)
+            found = run("read_tokens", device, tier, tier_fmt, index, key_dim, value_dim, balancer)
+            column = tier.positions[:, :, begin:end].long() - orders.first
+            for out, part in zip(dense, found, strict=True):
+                part = part.to(dtype)
+                where = column.clamp(min=0)[..., None].expand_as(part)
+                if orders.first:
+                    # Tokens that are left out add 0 to the first column; each other column is added to once.
+                    out.scatter_add_(2, where, part.masked_fill(column[..., None] < 0, 0.0))
+                else:
+                    out.scatter_(2, where, part)
+    return dense[0], dense[1]

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.formats import LayerFormat, SideBuffers, SideFormat, StoreBuffers
+from mikv_compile.kernels.scoring import AttentionArgs
 from mikv_compile.kernels.triton_common import (
     dot_precision,
     dot_type,
@@ -279,12 +280,15 @@ def attend(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
     buffers: StoreBuffers,
     fmt: LayerFormat,
     counts: tuple[int, ...],
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a call's queries over all tiers and its own tokens; see :func:`attention.attend`."""
+    if softcap or not k.shape[2]:
+        raise NotCovered("a softcap, or no own tokens")
     need_floats(q, k, v)
     batch, heads, rows, key_dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[-1]
@@ -406,12 +410,15 @@ def add_scores(
     lse: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
     buffers: StoreBuffers,
     fmt: LayerFormat,
     count: int,
     length: int,
 ) -> torch.Tensor:
     """Add this call's attention to tier 0's scores and return the own tokens'; see :func:`attention.add_scores`."""
+    if softcap or not k.shape[2]:
+        raise NotCovered("a softcap, or no own tokens")
     need_floats(q, k)
     batch, heads, rows, key_dim = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]
@@ -421,6 +428,7 @@ def add_scores(
     q, k = neighbours(q), neighbours(k)
     own = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     # The own tokens first: should their kernel fail to build, the reference still finds the tier's scores untouched.
+    parts: list[tuple[SideBuffers, SideFormat, torch.Tensor | None, int, torch.Tensor]]
     parts = [(SideBuffers(k, k, k), SideFormat(bits=16), None, tokens, own)]
     if count:
         parts.append((tier.key, key_fmt, tier.positions, count, buffers.scores))
@@ -547,13 +555,14 @@ def column_sums_kernel(
     tl.store(sums + head * tokens + column, received, mask=column_ok)
 
 
-def column_sums(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool, last_rows: int
-) -> torch.Tensor:
+def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows: int) -> torch.Tensor:
     """Attention that each key receives from the last query rows; see :func:`attention.column_sums`.
 
     Two passes, the rows' maxima and totals and then the columns' sums, so that no T x T matrix exists.
     """
+    if args.sinks is not None or args.softcap:
+        raise NotCovered("a softcap or sinks")
+    mask, scale, is_causal = args.mask, args.scale, args.is_causal
     need_floats(q, k)
     batch, heads, rows, dim = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]

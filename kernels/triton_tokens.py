@@ -322,12 +322,7 @@ def read_kernel(
 
 
 def read_tokens(
-    tier: TierBuffers,
-    fmt: TierFormat,
-    index: torch.Tensor,
-    key_dim: int,
-    value_dim: int,
-    balancer: torch.Tensor | None,
+    tier: TierBuffers, fmt: TierFormat, index: torch.Tensor, key_dim: int, value_dim: int, balancer: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantize the slots ``index`` [B, H_kv, N] int64 of a tier; see :func:`tokens.read_tokens`."""
     batch, kv_heads, count = index.shape

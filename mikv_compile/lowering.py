@@ -137,8 +137,8 @@ class Lowering:
         *stored, orders = buffers.values()
         q, k, v = operands.query, operands.key_new, operands.value_new
         if plan.format.has_scores:
-            args = (q, k, v, operands.mask, operands.scale, operands.is_causal, plan.policy)
-            scores = graph.call_function(ops.importance_v1.default, args)
+            args = (q, k, v, operands.mask, operands.scale, operands.is_causal, 0.0, None, plan.policy)
+            scores = graph.call_function(ops.importance_v2.default, args)
         else:
             # Not the scores buffer itself: one op must not read and write one storage through two arguments.
             scores = graph.call_method("new_empty", (k, (0,)), {"dtype": torch.float32})
@@ -146,14 +146,15 @@ class Lowering:
 
     def emit_step(self, graph: Graph, site: Site, operands: Operands, buffers: Mapping[str, Node]) -> Node:
         """Attend over the tiers and the call's own tokens, then append and demote."""
-        fmt = str(self._plans[site.name].format)
+        plan = self._plans[site.name]
+        fmt = str(plan.format)
         *stored, orders = buffers.values()
         q, k, v = operands.query, operands.key_new, operands.value_new
         attended = graph.call_function(
-            ops.attend_v1.default, (q, k, v, operands.mask, operands.scale, stored, orders, fmt)
+            ops.attend_v2.default, (q, k, v, operands.mask, operands.scale, 0.0, stored, orders, fmt)
         )
         output = graph.call_function(operator.getitem, (attended, 0))
         lse = graph.call_function(operator.getitem, (attended, 1))
-        update = (q, k, v, lse, operands.mask, operands.scale, stored, orders, fmt)
-        graph.call_function(ops.update_v1.default, update)
+        update = (q, k, v, lse, operands.mask, operands.scale, 0.0, stored, orders, fmt, plan.policy)
+        graph.call_function(ops.update_v2.default, update)
         return output

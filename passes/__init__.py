@@ -8,9 +8,9 @@ from mikv_compile.passes.analyze import Analysis, analyze
 from mikv_compile.passes.attention import ATTENTION_RECOGNIZERS, find_attentions
 from mikv_compile.passes.cache_updates import CACHE_UPDATE_RECOGNIZERS, find_cache_updates
 from mikv_compile.passes.pair import pair
-from mikv_compile.passes.records import Attention, CacheUpdate, Site
+from mikv_compile.passes.records import Attention, CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.rewrite import Operands, RewrittenGraph, RewrittenSite, SiteLowering, rewrite
+from mikv_compile.passes.rewrite import NewTokens, Operands, RewrittenGraph, RewrittenSite, SiteLowering, rewrite
 
 __all__ = [
     "ATTENTION_RECOGNIZERS",
@@ -19,7 +19,9 @@ __all__ = [
     "Attention",
     "CacheUpdate",
     "Declined",
+    "NewTokens",
     "Operands",
+    "Read",
     "RewrittenGraph",
     "RewrittenSite",
     "Site",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mikv_compile.passes.attention import find_attentions
 from mikv_compile.passes.cache_updates import find_cache_updates
@@ -32,14 +32,20 @@ class Analysis:
     """Every cache update in a supported form, in a site or not."""
 
 
-def analyze(gm: GraphModule) -> Analysis:
-    """Find all sites of a Dynamo graph; changes nothing, and never raises because of an odd graph."""
-    attentions, declined = _split(find_attentions(gm.graph))
+def analyze(gm: GraphModule, is_compressed: Callable[[Node], bool] = lambda _: False) -> Analysis:
+    """Find all sites of a Dynamo graph; changes nothing, and never raises because of an odd graph.
+
+    Args:
+        gm: the graph.
+        is_compressed: whether a placeholder stands for a cache that is compressed already.
+    """
+    found = find_attentions(gm.graph)
+    attentions, declined = _split(found)
     updates, declined_updates = _split(find_cache_updates(gm.graph))
     declined += declined_updates
     sites: list[Site] = []
     try:
-        sites, declined_pairs = pair(attentions, updates)
+        sites, declined_pairs = pair(found, updates, is_compressed)
         declined += declined_pairs
     except Exception as error:  # an odd graph must not stop the user's compilation
         log.debug("pair failed", exc_info=True)
@@ -47,7 +53,9 @@ def analyze(gm: GraphModule) -> Analysis:
     for refused in declined:
         log.debug("declined %s", refused)
     for site in sites:
-        log.debug("site %s: keys %s, values %s, groups %d", site.name, site.key.result, site.value.result, site.groups)
+        log.debug("site %s: keys %s, values %s, %d reads", site.name, site.key.result, site.value.result, len(site.reads))
+    read_densely = {site.dense for site in sites}
+    declined = [refused for refused in declined if refused.reason not in read_densely]
     return Analysis(tuple(sites), tuple(declined), tuple(attentions), tuple(updates))
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from mikv_compile.passes import update_cat
+from mikv_compile.passes import update_cat, update_shift, update_write
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.registry import run_recognizers
 from mikv_compile.passes.report import Declined
 
 __all__ = ["CACHE_UPDATE_RECOGNIZERS", "CacheUpdate", "find_cache_updates"]
 
-CACHE_UPDATE_RECOGNIZERS = (update_cat.recognize,)
+CACHE_UPDATE_RECOGNIZERS = (update_cat.recognize, update_shift.recognize, update_write.recognize)
 """Functions `node -> CacheUpdate | Declined | None`; None means: not this idiom."""
 
 

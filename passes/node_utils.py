@@ -57,6 +57,11 @@ def fake(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def value_of(item: object) -> Any:
+    """The (maybe symbolic or fake) value behind an argument of a node."""
+    return item.meta.get("example_value", item.meta.get("val")) if isinstance(item, Node) else item
+
+
 def shape_of(node: object) -> tuple[Any, ...] | None:
     """The (maybe symbolic) shape of a node's value, or None."""
     value = fake(node)

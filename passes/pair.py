@@ -1,104 +1,325 @@
-"""Stage "pair": join each attention call to the two cache updates that its keys and values come from."""
+"""Stage "pair": join the keys and the values of a layer with the attention calls that read them to one site.
+
+A site is read by attention calls alone (`reads`), or, if anything else needs the cached numbers, as a dense tensor: then the
+cache still leaves the graph compressed, and this layer's part of it is dequantized where the model reads it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import known_different, known_equal, names, shape_of, source_name, writes_in_place
-from mikv_compile.passes.records import Attention, CacheUpdate, Site
+from mikv_compile.passes.attention_sdpa import SDPA_TARGETS
+from mikv_compile.passes.node_utils import (
+    is_metadata,
+    is_op,
+    known_different,
+    known_equal,
+    names,
+    shape_of,
+    source_name,
+    writes_in_place,
+)
+from mikv_compile.passes.records import Attention, CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.views import NotAView, ViewPath, trace_to_source, view_input
+from mikv_compile.passes.views import NotAView, ViewPath, aliases, match_dims, trace_to_source, view_input
 
 __all__ = ["Site", "pair"]
 
+_SOFTMAX_TARGETS = (F.softmax, torch.softmax, "softmax", *SDPA_TARGETS)
+_OPAQUE_TARGETS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+
 
 class _Refused(Exception):
-    """Why an attention and its updates do not make a site."""
+    """Why an attention does not read a cache in a way that its site could serve."""
 
 
-def pair(attentions: Sequence[Attention], updates: Sequence[CacheUpdate]) -> tuple[list[Site], list[Declined]]:
-    """Join attentions to cache updates, one to one; everything left over gets a reason."""
-    by_result = {update.result: update for update in updates}
-    declined: list[Declined] = []
-    traced: list[tuple[Attention, ViewPath, ViewPath]] = []
-    for attention in attentions:
+class _NotACache(_Refused):
+    """Why an update is not the cache of a decoder at all."""
+
+
+def pair(
+    attentions: Sequence[Attention | Declined],
+    updates: Sequence[CacheUpdate],
+    is_compressed: Callable[[Node], bool] = lambda _: False,
+) -> tuple[list[Site], list[Declined]]:
+    """Join attentions and cache updates to sites; everything left over gets a reason.
+
+    Args:
+        attentions: what the stage "canonicalize" found.
+        updates: what the stage "find cache updates" found.
+        is_compressed: whether a placeholder stands for a cache that is compressed already.
+    """
+    return _Pairing(attentions, updates, is_compressed).run()
+
+
+class _Pairing:
+    def __init__(
+        self,
+        attentions: Sequence[Attention | Declined],
+        updates: Sequence[CacheUpdate],
+        is_compressed: Callable[[Node], bool],
+    ) -> None:
+        self._attentions = [item for item in attentions if isinstance(item, Attention)]
+        self._reasons = {item.site: item.reason for item in attentions if isinstance(item, Declined)}
+        self._updates = sorted(updates, key=_place)
+        self._is_compressed = is_compressed
+        self._of_source = {source: update for update in updates for source in update.all_sources}
+        self._layouts = {source: update.layout for source, update in self._of_source.items()}
+        self._declined: list[Declined] = []
+        self._not_caches: dict[Node, str] = {}
+        """Results of updates that are not to be taken over, with the reason."""
+
+    def run(self) -> tuple[list[Site], list[Declined]]:
+        grouped, refused = self._grouped()
+        sites: list[Site] = []
+        for (key_result, value_result), reads in grouped.items():
+            key, value = self._of_source[key_result], self._of_source[value_result]
+            shared = [r for (k, v), r in grouped.items() if (k == key_result) != (v == value_result)]
+            reason = refused.get((key_result, value_result)) or (
+                "its keys and values are read in different combinations" if shared else None
+            )
+            site = self._fused(key, value, reads) if reason is None else reason
+            if isinstance(site, Site):
+                sites.append(site)
+        taken = {update.result for site in sites for update in (site.key, site.value)}
+        sites += self._dense([update for update in self._updates if update.result not in taken], refused)
+        sites.sort(key=lambda site: _place(site.key))
+        self._explain(sites)
+        return sites, self._declined
+
+    def _grouped(self) -> tuple[dict[tuple[Node, Node], list[Read]], dict[tuple[Node, Node], str]]:
+        """The attentions that read each pair of updates, and why some pairs cannot be served by attention alone."""
+        grouped: dict[tuple[Node, Node], list[Read]] = {}
+        refused: dict[tuple[Node, Node], str] = {}
+        for attention in self._attentions:
+            try:
+                key_path, value_path = self._trace(attention)
+            except _Refused as reason:
+                self._reasons[attention.output.name] = str(reason)
+                continue
+            key, value = self._of_source[key_path.source], self._of_source[value_path.source]
+            place = (key.result, value.result)
+            grouped.setdefault(place, [])
+            try:
+                grouped[place].append(_join(attention, key_path, value_path, key, value))
+            except _NotACache as reason:
+                self._not_caches.update(dict.fromkeys(place, str(reason)))
+                refused[place] = self._reasons[attention.output.name] = str(reason)
+            except _Refused as reason:
+                refused[place] = self._reasons[attention.output.name] = str(reason)
+        return grouped, refused
+
+    def _trace(self, attention: Attention) -> tuple[ViewPath, ViewPath]:
+        """Where the key and the value operand come from."""
+        paths = []
+        for what, operand in (("key", attention.key), ("value", attention.value)):
+            try:
+                paths.append(trace_to_source(operand, self._layouts))
+            except NotAView as problem:
+                raise _Refused(f"the {what} is not read from a cache: {problem}") from None
+        return paths[0], paths[1]
+
+    def _fused(self, key: CacheUpdate, value: CacheUpdate, reads: list[Read]) -> Site | str:
+        """The site whose cache only attention calls read, or why it is none."""
         try:
-            traced.append((attention, *_trace(attention, by_result)))
-        except _Refused as refused:
-            declined.append(_declined(attention.output, str(refused)))
-    readers = Counter(source for _, key, value in traced for source in {key.source, value.source})
-    sites: list[Site] = []
-    for attention, key, value in traced:
-        try:
-            sites.append(_join(attention, key, value, by_result, readers))
-        except _Refused as refused:
-            declined.append(_declined(attention.output, str(refused)))
-    explained = {source for _, key, value in traced for source in (key.source, value.source)}
-    for update in updates:
-        if update.result not in explained:
-            reason = "no supported attention call reads this cache update through plain views"
-            declined.append(_declined(update.result, reason))
-    return sites, declined
+            for update, views in ((key, "key_views"), (value, "value_views")):
+                _check_users(update, reads, [node for read in reads for node in getattr(read, views)])
+                _check_not_overwritten(update, max(read.attention.output for read in reads))
+            return Site(reads[0].attention.output.name, key, value, tuple(reads), starts_empty=_starts_empty(key, value))
+        except _Refused as reason:
+            for read in reads:
+                self._reasons[read.attention.output.name] = str(reason)
+            return str(reason)
+
+    def _dense(self, updates: list[CacheUpdate], refused: Mapping[tuple[Node, Node], str]) -> list[Site]:
+        """Pairs of what is left: keys and values of one layer are written one after the other."""
+        sites: list[Site] = []
+        left = [update for update in updates if update.result not in self._not_caches]
+        while len(left) > 1:
+            first, second, *rest = left
+            found = self._softmax_behind(first) or self._softmax_behind(second)
+            known = all(u.past is not None and self._is_compressed(u.past) for u in (first, second))
+            if not _belong_together(first, second) or not (found or known):
+                left = left[1:]
+                continue
+            left = rest
+            key, value = (second, first) if (second.result, first.result) in refused else (first, second)
+            reason = refused.get((key.result, value.result)) or self._reason_near(found)
+            sites.append(Site(key.result.name, key, value, (), reason))
+        return sites
+
+    def _softmax_behind(self, update: CacheUpdate) -> Node | None:
+        """The first softmax or SDPA that the cached numbers flow into, if there is one: the sign of attention."""
+        todo, seen = list(update.all_sources), set(update.all_sources)
+        while todo:
+            node = todo.pop(0)
+            if is_op(node, *_SOFTMAX_TARGETS):
+                return node
+            following = list(node.users)
+            if writes_in_place(node) and node.all_input_nodes:
+                # What is written into a buffer is read from the buffer.
+                following += [user for alias in aliases(node.all_input_nodes[0]) for user in alias.users if user > node]
+            for user in following:
+                if user not in seen and not is_metadata(user) and not is_op(user, *_OPAQUE_TARGETS):
+                    seen.add(user)
+                    todo.append(user)
+        return None
+
+    def _reason_near(self, softmax: Node | None) -> str:
+        """What was said about the attention around a softmax."""
+        todo = [] if softmax is None else [softmax]
+        for _ in range(20):
+            if not todo:
+                break
+            node = todo.pop(0)
+            if node.name in self._reasons:
+                return self._reasons[node.name]
+            todo += node.users
+        return "the cached numbers are read by something else than a supported attention call"
+
+    def _explain(self, sites: list[Site]) -> None:
+        """Reasons for attentions and updates that no site holds."""
+        in_sites = {update.result for site in sites for update in (site.key, site.value)}
+        said = {site.dense for site in sites}
+        for attention in self._attentions:
+            reason = self._reasons.get(attention.output.name)
+            if reason is not None and reason not in said:
+                self._declined.append(Declined(attention.output.name, "pair", reason))
+        for update in self._updates:
+            if update.result not in in_sites:
+                reason = self._not_caches.get(update.result)
+                if reason is None:
+                    reason = "no supported attention call reads this cache update through plain views"
+                self._declined.append(Declined(update.result.name, "pair", reason))
 
 
-def _declined(node: Node, reason: str) -> Declined:
-    return Declined(node.name, "pair", reason)
+def _place(update: CacheUpdate) -> Any:
+    return _Order(update.written or update.result)
 
 
-def _trace(attention: Attention, by_result: Mapping[Node, CacheUpdate]) -> tuple[ViewPath, ViewPath]:
-    """Where the key and the value operand come from."""
-    paths = []
-    for what, operand in (("key", attention.key), ("value", attention.value)):
-        try:
-            paths.append(trace_to_source(operand, by_result))
-        except NotAView as problem:
-            raise _Refused(f"the {what} is not read from a cache: {problem}") from None
-    return paths[0], paths[1]
+class _Order:
+    """Nodes compare by their place in the graph, but only with `<`."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def __lt__(self, other: _Order) -> bool:
+        return self.node < other.node
 
 
 def _join(
-    attention: Attention,
-    key_path: ViewPath,
-    value_path: ViewPath,
-    by_result: Mapping[Node, CacheUpdate],
-    readers: Mapping[Node, int],
-) -> Site:
-    """Check everything that makes an attention and two updates one site."""
-    key, value = by_result[key_path.source], by_result[value_path.source]
-    for source in (key.result, value.result):
-        if readers[source] > 1:
-            raise _Refused(f"{readers[source]} attention calls read the cache update `{source.name}`; only one may")
-    if key.result is value.result:
+    attention: Attention, key_path: ViewPath, value_path: ViewPath, key: CacheUpdate, value: CacheUpdate
+) -> Read:
+    """Check that an attention reads two updates in a way that can be served from the compressed cache."""
+    if key is value:
         raise _Refused("key and value are read from the same cached tensor")
-    if key.born != value.born:
-        raise _Refused("key and value caches are crossed: one is empty and the other is not")
-    if key.past is not None and attention.is_causal:
+    _check_match(attention, key, value)
+    groups, whole = [], []
+    for what, path, update in (("key", key_path, key), ("value", value_path, value)):
+        _check_reads_after_write(path, update, attention)
+        try:
+            repeats, tokens = match_dims(path.layout, getattr(attention, f"{what}_dims"))
+        except NotAView as problem:
+            raise _Refused(f"the {what} is not read from a cache: {problem}") from None
+        operand = attention.key if what == "key" else attention.value
+        groups.append(_groups(attention, operand, getattr(attention, f"{what}_dims"), repeats, update, what))
+        whole.append(_reads_all(update, None if tokens is None else tokens.stop))
+    if groups[0] != groups[1]:
+        raise _Refused("key and value heads are repeated a different number of times")
+    if whole[0] != whole[1]:
+        raise _Refused("keys and values are sliced differently")
+    if whole[0] and key.tail and not attention.terms:
+        raise _Refused("without a mask, attention sees columns of the preallocated cache that were not written yet")
+    if attention.is_causal and not (key.born or (_starts_empty(key, value) and not (key.tail and whole[0]))):
         raise _Refused(
             "is_causal=True with a cache: torch aligns it to the top left corner, so new tokens would see only the "
             "oldest ones; pass an explicit mask, or is_causal=False for one token"
         )
+    return Read(attention, groups[0], key_path.views, value_path.views, whole[0])
+
+
+def _reads_all(update: CacheUpdate, stop: Any) -> bool:
+    """Whether the unwritten columns are read too: the slice `[:stop]` may end with the new tokens instead."""
+    if stop is None or not update.tail:
+        if stop is not None:
+            raise _Refused("attention reads only a slice of the cache")
+        return True
+    if isinstance(update.position, Node) or update.position is None:
+        raise _Refused("attention reads a slice of the cache, and the graph does not tell where the new tokens end")
+    new = shape_of(update.new)
+    if new is None or not known_equal(stop, update.position + new[update.token_dim]):
+        raise _Refused("attention reads a slice of the cache that does not end with the new tokens")
+    return False
+
+
+def _starts_empty(key: CacheUpdate, value: CacheUpdate) -> bool:
+    """Whether the new tokens are the first ones for sure, although the cache is a graph input."""
+    return not key.born and all(
+        isinstance(u.position, int | torch.SymInt) and known_equal(u.position, 0) for u in (key, value)
+    )
+
+
+def _check_match(attention: Attention, key: CacheUpdate, value: CacheUpdate) -> None:
+    """Refuse keys and values that do not belong to one layer."""
+    if key.born != value.born:
+        raise _NotACache("key and value caches are crossed: one is empty and the other is not")
+    if key.layout != value.layout or (key.tail, key.keep) != (value.tail, value.keep):
+        raise _Refused("keys and values are cached in different ways")
     _check_names(key, value)
-    _check_extents(attention, key, value)
-    groups = _groups(attention, attention.key, key_path, "key")
-    if groups != _groups(attention, attention.value, value_path, "value"):
-        raise _Refused("key and value heads are repeated a different number of times")
-    for update, path in ((key, key_path), (value, value_path)):
-        _check_users(attention, update, path)
-        _check_not_overwritten(attention, update)
-    return Site(attention, key, value, groups, attention.output.name, key_path.views, value_path.views)
+    for update in (key, value):
+        if shape_of(update.result) is None or shape_of(update.new) is None:
+            raise _Refused("a shape is unknown")
+    new_key, new_value, query = shape_of(key.new), shape_of(value.new), shape_of(attention.query)
+    assert new_key is not None and new_value is not None
+    if query is None:
+        raise _Refused("a shape is unknown")
+    for letter, what in (("B", "the same batch size"), ("H", "the same number of heads"), ("T", "as many new tokens")):
+        if letter in key.layout:
+            at = key.layout.index(letter)
+            if not known_equal(new_key[at], new_value[at]):
+                raise _Refused(f"key and value caches do not surely have {what}")
+    if key.born and not key.tail:
+        rows = _size(attention.query_dims, query, "r")
+        if rows is None or not known_equal(rows, new_key[key.token_dim]):
+            # Cross attention: later calls only read this cache, and no call after this one would append to it.
+            raise _NotACache("a new cache is filled with other tokens than the query's, as cross attention does")
+        if not attention.terms and not attention.is_causal and not known_equal(rows, 1):
+            raise _NotACache(
+                "every query sees every token of the new cache, as in cross attention; such a cache does not grow"
+            )
+    # The attention itself fails on keys and values of different lengths, so unknown is good enough here: Dynamo gives
+    # each its own symbol until some operation compares them, and SDPA's fake does not.
+    key_shape, value_shape = shape_of(key.result), shape_of(value.result)
+    assert key_shape is not None and value_shape is not None
+    if known_different(key_shape[key.token_dim], value_shape[value.token_dim]):
+        raise _NotACache("key and value caches are crossed: they hold different numbers of tokens")
+
+
+def _size(dims: Sequence[str], shape: tuple[Any, ...], letter: str) -> Any:
+    """The size of the dimension that holds `letter` alone; None if there is none."""
+    return shape[list(dims).index(letter)] if letter in dims else None
 
 
 def _check_names(key: CacheUpdate, value: CacheUpdate) -> None:
     """Refuse keys and values whose places in the user's objects show different layers."""
+    if not _same_owner(key, value):
+        raise _NotACache(
+            f"key and value caches are crossed: keys from {source_name(key.past)}, values from {source_name(value.past)}"
+        )
+
+
+def _same_owner(key: CacheUpdate, value: CacheUpdate) -> bool:
+    """Whether the names of two cached tensors do not speak against one layer."""
     key_name, value_name = source_name(key.past), source_name(value.past)
     if key_name is None or value_name is None or _parent(key_name) == _parent(value_name):
-        return
-    if _indices(key_name) != _indices(value_name):
-        raise _Refused(f"key and value caches are crossed: keys from {key_name}, values from {value_name}")
+        return True
+    return _indices(key_name) == _indices(value_name)
 
 
 def _parent(name: str) -> str:
@@ -111,78 +332,84 @@ def _indices(name: str) -> list[str]:
     return re.findall(r"\[['\"]?(\d+)['\"]?\]", name)
 
 
-def _check_extents(attention: Attention, key: CacheUpdate, value: CacheUpdate) -> None:
-    """Batch and head counts agree for sure, and so do the numbers of new tokens."""
-    key_shape, value_shape = shape_of(key.result), shape_of(value.result)
-    new_key, new_value, query = shape_of(key.new), shape_of(value.new), shape_of(attention.query)
-    if key_shape is None or value_shape is None or new_key is None or new_value is None or query is None:
-        raise _Refused("a shape is unknown")
-    if not known_equal(key_shape[0], value_shape[0]) or not known_equal(key_shape[0], query[0]):
-        raise _Refused("query, key and value do not surely have the same batch size")
-    if not known_equal(key_shape[1], value_shape[1]):
-        raise _Refused("key and value caches do not surely have the same number of heads")
-    if not known_equal(new_key[2], new_value[2]):
-        raise _Refused("key and value caches do not surely get the same number of new tokens")
-    if key.born and not known_equal(query[2], new_key[2]):
-        # Cross attention: later calls only read this cache, and no call after this one would append to it.
-        raise _Refused("a new cache is filled with other tokens than the query's, as cross attention does")
-    if key.born and attention.mask is None and not attention.is_causal and not known_equal(query[2], 1):
-        raise _Refused(
-            "every query sees every token of the new cache, as in cross attention; such a cache does not grow"
-        )
-    # The attention itself fails on keys and values of different lengths, so unknown is good enough here: Dynamo gives
-    # each its own symbol until some operation compares them, and SDPA's fake does not.
-    if known_different(key_shape[2], value_shape[2]):
-        raise _Refused("key and value caches are crossed: they hold different numbers of tokens")
+def _belong_together(first: CacheUpdate, second: CacheUpdate) -> bool:
+    """Whether two updates can be the keys and values of one layer: they grow in step."""
+    one, other = shape_of(first.new), shape_of(second.new)
+    if one is None or other is None or first.layout != second.layout or len(first.layout) != 4:
+        return False
+    kinds = [(u.born, u.kind, u.tail, u.keep, u.written is None) for u in (first, second)]
+    same = all(known_equal(one[i], other[i]) for i, letter in enumerate(first.layout) if letter != "D")
+    return same and kinds[0] == kinds[1] and first.past is not second.past and _same_owner(first, second)
 
 
-def _groups(attention: Attention, operand: Node, path: ViewPath, what: str) -> int:
-    """Query heads per cached head: the repeats of the views times what the attention itself repeats.
+def _groups(
+    attention: Attention, operand: Node, dims: Sequence[str], repeats: int, update: CacheUpdate, what: str
+) -> int:
+    """Query heads per cached head: what the views repeat times what the attention itself does.
 
     Both are interleaved, so their product is: `(h // own) // repeats == h // (own * repeats)`.
     """
-    query, shape = shape_of(attention.query), shape_of(operand)
-    if query is None or shape is None:
+    query, cached = shape_of(attention.query), shape_of(update.new)
+    if query is None or cached is None:
         raise _Refused("a shape is unknown")
-    query_heads, heads = query[1], shape[1]
-    if known_equal(query_heads, heads):
-        return path.repeats
-    if not isinstance(query_heads, int) or not isinstance(heads, int):
+    kv_heads = cached[update.layout.index("H")] if "H" in update.layout else 1
+    query_heads = 1
+    batch = cached[update.layout.index("B")]
+    for letters, size in zip(attention.query_dims, query, strict=True):
+        if set(letters) <= {"k", "g"}:
+            query_heads = query_heads * size
+        elif letters == "bkg":
+            query_heads = size // batch if not known_equal(batch, 1) else size
+        elif letters == "b" and not known_equal(size, batch):
+            raise _Refused("query, key and value do not surely have the same batch size")
+    if not isinstance(query_heads, int) or not isinstance(kv_heads, int):
         raise _Refused("the number of heads is symbolic")
-    if heads != 1 and not attention.enable_gqa:  # one head broadcasts
-        raise _Refused(f"{query_heads} query heads cannot share {heads} {what} heads without enable_gqa")
-    if query_heads % heads:
-        raise _Refused(f"{query_heads} query heads are not a multiple of {heads} {what} heads")
-    return path.repeats * (query_heads // heads)
+    if query_heads % kv_heads:
+        raise _Refused(f"{query_heads} query heads are not a multiple of {kv_heads} {what} heads")
+    groups = query_heads // kv_heads
+    grouped_outside = any("g" in letters and "k" not in letters for letters in attention.query_dims)
+    if groups != repeats and not attention.enable_gqa and not grouped_outside and kv_heads * repeats != 1:
+        raise _Refused(f"{query_heads} query heads cannot share {kv_heads} {what} heads without enable_gqa")
+    if groups % repeats:
+        raise _Refused(f"{query_heads} query heads are not a multiple of {kv_heads * repeats} repeated {what} heads")
+    return groups
 
 
-def _check_users(attention: Attention, update: CacheUpdate, path: ViewPath) -> None:
-    """Refuse if the dense result has a reader besides this attention, the outputs and questions about its size."""
-    own = {*path.views, *attention.nodes}
-    harmless = {*own, *update.metadata_users, update.result.graph.output_node()}
-    extra = [user for user in update.result.users if user not in harmless]
-    extra += [user for view in path.views for user in view.users if user not in own]
-    if extra or update.result in (attention.query, attention.mask):
-        readers = f"by {names(extra)}" if extra else "as query or mask"
-        raise _Refused(f"the values of the cache update `{update.result.name}` are also read {readers}")
+def _check_reads_after_write(path: ViewPath, update: CacheUpdate, attention: Attention) -> None:
+    """Refuse what reads a cache before the in-place write of the new tokens."""
+    if update.written is None or path.source is update.written or update.kind == "cat":
+        return
+    first = path.views[0] if path.views else attention.nodes[0]
+    if not update.written < first and path.source is not update.result:
+        raise _Refused("attention reads the cache before the new tokens are written")
+    if path.source is update.past and not update.written < first:
+        raise _Refused("attention reads the cache before the new tokens are written")
 
 
-def _check_not_overwritten(attention: Attention, update: CacheUpdate) -> None:
+def _check_users(update: CacheUpdate, reads: Sequence[Read], views: Collection[Node]) -> None:
+    """Refuse if the cached numbers have a reader besides attention, the outputs and questions about their size."""
+    own = {node for read in reads for node in read.attention.nodes} | set(views) | set(update.nodes)
+    harmless = {*own, *update.all_sources, *update.metadata_users, update.result.graph.output_node()}
+    seen = {*update.all_sources} - ({update.new} if update.kind == "replace" else set())
+    if update.past is not None:
+        seen.add(update.past)
+    extra = {user for node in seen for user in node.users if user not in harmless}
+    extra |= {user for view in views for user in view.users if user not in own and user not in harmless}
+    if extra:
+        raise _Refused(f"the values of the cache update `{update.result.name}` are also read by {names(sorted(extra))}")
+    for read in reads:
+        others = (read.attention.query, read.attention.sinks, *(term.node for term in read.attention.terms))
+        if any(source in others for source in update.all_sources):
+            raise _Refused(f"the values of the cache update `{update.result.name}` are also read as query or mask")
+
+
+def _check_not_overwritten(update: CacheUpdate, last: Node) -> None:
     """Refuse if the new tokens change in place after the update copied them: the rewrite reads them later."""
-    for user in (user for member in _aliases(update.new) for user in member.users):
-        if writes_in_place(user) and update.result < user < attention.output:
-            raise _Refused(f"`{user.name}` overwrites the new tokens in place after the cache update")
-
-
-def _aliases(node: Node) -> Iterable[Node]:
-    """All nodes that may share memory with `node`, as far as views tell."""
-    root = node
+    root = update.new
     while (source := view_input(root)) is not None:
         root = source
-    found, todo = {root}, [root]
-    while todo:
-        for user in todo.pop().users:
-            if user not in found and view_input(user) in found:
-                found.add(user)
-                todo.append(user)
-    return found
+    begin = update.written or update.result
+    for user in (user for member in aliases(root) for user in member.users):
+        if writes_in_place(user) and user.args[0] in aliases(root) and begin < user < last:
+            raise _Refused(f"`{user.name}` overwrites the new tokens in place after the cache update")
+

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Node
 
@@ -69,41 +69,87 @@ class Attention:
 
 @dataclass(frozen=True)
 class CacheUpdate:
-    """One place where new tokens join a cached tensor: past `[B, H, T, D]`, new `[B, H, S, D]`."""
+    """One place where new tokens join a cached tensor.
+
+    The updated tensor holds columns of the past, then the new tokens, then, in preallocated caches, columns that were not
+    written yet.
+    """
 
     result: Node
-    """The node whose value is past and new together, `[B, H, T + S, D]`."""
+    """A node whose value is the updated tensor."""
     past: Node | None
     """Placeholder of the cached tensor; None when the cache is born in this graph."""
     new: Node
-    dim: int
-    """The dimension of the tokens, never negative."""
+    """The new tokens, in the layout of the cache."""
+    layout: str
+    """What the dimensions of the cached tensor are: "BHTD", "BTHD", ... (batch, KV heads, tokens, channels), or "BTD"."""
     kind: str
-    """The write idiom: "cat"."""
-    outputs: tuple[int, ...]
-    """Positions of `result` in the graph's output tuple."""
+    """The write idiom, such as "cat"."""
+    outputs: tuple[int, ...] = ()
+    """Positions in the graph's output tuple that hold the cache after the update."""
     metadata_users: tuple[Node, ...] = ()
     """Nodes that read only the size, dtype or device of `past` or `result`, in graph order."""
+    sources: tuple[Node, ...] = ()
+    """More nodes with the value of `result`; `past` itself among them where the write is in place."""
+    written: Node | None = None
+    """The in-place write; only what reads `past` behind it sees the new tokens. None for a write that makes a copy."""
+    first: Any = 0
+    """The column of `past` that becomes column 0; the ones before it are dropped."""
+    position: Any = None
+    """Columns of `past` from this one on are dropped: where the new tokens go. A maybe symbolic integer, the
+    node of a tensor of the new tokens' columns, or None: behind all of them."""
+    tail: bool = False
+    """Whether the result has columns behind the new tokens, as a preallocated cache has."""
+    keep: Any = None
+    """How many of the newest tokens stay cached, as in a sliding window; None: all."""
+    capacity: Any = None
+    """Columns of a preallocated cache; None for one that grows."""
+    nodes: tuple[Node, ...] = ()
+    """Nodes of the idiom that are dead once nothing reads the result, in graph order."""
 
     @property
     def born(self) -> bool:
         """Whether the cache starts in this graph."""
         return self.past is None
 
+    @property
+    def token_dim(self) -> int:
+        """The dimension of the tokens."""
+        return self.layout.index("T")
+
+    @property
+    def all_sources(self) -> tuple[Node, ...]:
+        """Every node that shows the updated tensor."""
+        return (self.result, *(node for node in self.sources if node is not self.result))
+
+
+@dataclass(frozen=True)
+class Read:
+    """One attention call of a site, shown to read the cache through plain views."""
+
+    attention: Attention
+    groups: int
+    """Query heads per cached head, proved to be interleaved: query head h reads cached head `h // groups`."""
+    key_views: tuple[Node, ...] = ()
+    """Views and head repeats between the cache and `attention.key`, in graph order."""
+    value_views: tuple[Node, ...] = ()
+    whole: bool = True
+    """Whether the columns behind the new tokens are read as well, if there are any."""
+
 
 @dataclass(frozen=True)
 class Site:
-    """One attention call together with the two cache updates that feed it."""
+    """The keys and the values of one layer, and the attention calls that read them."""
 
-    attention: Attention
+    name: str
     key: CacheUpdate
     value: CacheUpdate
-    groups: int
-    """Query heads per cached head, proved to be interleaved: query head h reads cached head `h // groups`."""
-    name: str
-    key_views: tuple[Node, ...] = ()
-    """Views and head repeats between `key.result` and `attention.key`, in graph order."""
-    value_views: tuple[Node, ...] = ()
+    reads: tuple[Read, ...]
+    """The attention calls, in graph order; empty if the cache has to be read as a dense tensor."""
+    dense: str | None = None
+    """Why the cache has to be read as a dense tensor; None if only `reads` read it."""
+    starts_empty: bool = False
+    """The past holds no token for sure although it is a graph input."""
 
     @property
     def born(self) -> bool:

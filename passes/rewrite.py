@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mikv_compile.passes.node_utils import output_values
-from mikv_compile.passes.records import CacheUpdate, Site
+from mikv_compile.passes import canonical
+from mikv_compile.passes.node_utils import output_values, shape_of, writes_in_place
+from mikv_compile.passes.records import CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.sizes import NotExpressible, SizeMaker, metadata_value, replace_by_value
 
@@ -23,25 +24,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Operands:
-    """A site's nodes in the copied graph. Shapes: `B` rows, `Hq = H * groups` query heads, `S` new tokens.
+    """One attention call's nodes in the copied graph. Shapes: `B` rows, `Hq = H * groups` query heads, `S` new tokens.
 
     The mask covers past and new tokens together, in the order of the dense cache.
     """
 
     query: Node
     """`[B, Hq, R, D]`"""
-    key_new: Node
-    """`[B, H, S, D]`"""
-    value_new: Node
-    """`[B, H, S, Dv]`"""
     mask: Node | None
     """Bool (True = attend) or additive float, broadcastable to `[B, Hq, R, T + S]`; None: all tokens are seen."""
     scale: float
+    softcap: float | None
+    sinks: Node | None
+    """Logits without values, broadcastable to `[B, Hq, R, n]`; the rewrite takes care of them in later steps."""
     is_causal: bool
     """Only True where the cache is born."""
     groups: int
-    output: Node
-    """The attention output `[B, Hq, R, Dv]`; `emit_step` replaces it and must not use it."""
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """A call's own keys `[B, H, S, D]` and values `[B, H, S, Dv]` in the copied graph."""
+
+    key: Node
+    value: Node
 
 
 class SiteLowering(Protocol):
@@ -55,12 +61,30 @@ class SiteLowering(Protocol):
         """Dynamo's source for a buffer, different for every buffer of the graph, or None."""
         ...
 
-    def emit_born(self, graph: Graph, site: Site, operands: Operands, buffers: Mapping[str, Node]) -> None:
-        """Create the nodes that take over a new cache; called right behind the attention, which stays as it is."""
+    def emit_born(
+        self, graph: Graph, site: Site, first: Operands | None, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> None:
+        """Create the nodes that take over a new cache, behind its first attention call, if that is known."""
         ...
 
-    def emit_step(self, graph: Graph, site: Site, operands: Operands, buffers: Mapping[str, Node]) -> Node:
-        """Create the nodes that attend and append; return the attention output `[B, Hq, R, Dv]`."""
+    def emit_attend(
+        self, graph: Graph, site: Site, operands: Operands, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> tuple[Node, Node]:
+        """Create the nodes of one attention call; return its output `[B, Hq, R, Dv]` and log-sum-exp `[B, Hq, R]`."""
+        ...
+
+    def emit_update(
+        self, graph: Graph, site: Site, operands: Operands, lse: Node, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> None:
+        """Create the nodes that append the new tokens, behind the site's last attention call."""
+        ...
+
+    def emit_read(self, graph: Graph, site: Site, columns: Any, buffers: Mapping[str, Node]) -> tuple[Node, Node]:
+        """Create the nodes of the dense past: keys `[B, H, columns, D]` and values `[B, H, columns, Dv]`."""
+        ...
+
+    def emit_append(self, graph: Graph, site: Site, new: NewTokens, buffers: Mapping[str, Node]) -> None:
+        """Create the nodes that append new tokens that no known attention call reads."""
         ...
 
 
@@ -69,6 +93,8 @@ class RewrittenSite:
     """Where one site's tensors enter and leave the rewritten graph."""
 
     site: Site
+    fills: bool
+    """The graph fills an empty store; otherwise it reads it and appends."""
     buffers: tuple[str, ...]
     """Names of the buffers in the order of their graph inputs."""
     buffer_inputs: tuple[int, ...]
@@ -101,18 +127,14 @@ def rewrite(gm: GraphModule, sites: Sequence[Site], lowering: SiteLowering) -> R
     originals = gm.graph.find_nodes(op="placeholder")
     buffers = {site.name: _add_buffers(graph, site, lowering) for site in possible}
     for site in possible:
-        operands = _operands(site, copies)
-        _replace_metadata(site, copies, sizes)
-        if site.born:
-            _rewrite_born(graph, site, operands, copies, lowering, buffers[site.name])
-        else:
-            _rewrite_step(graph, site, operands, copies, lowering, buffers[site.name])
+        _Rewriting(graph, site, copies, sizes, lowering, buffers[site.name]).run()
     graph.lint()
     new_gm = _make_module(gm, graph)
     inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     done = tuple(
         RewrittenSite(
             site=site,
+            fills=fills(site),
             buffers=tuple(buffers[site.name]),
             buffer_inputs=tuple(inputs[node] for node in buffers[site.name].values()),
             key_input=None if site.key.past is None else originals.index(site.key.past),
@@ -128,6 +150,14 @@ def rewrite(gm: GraphModule, sites: Sequence[Site], lowering: SiteLowering) -> R
     return RewrittenGraph(new_gm, kept, done, tuple(declined))
 
 
+def fills(site: Site) -> bool:
+    """Whether a site's tokens are the first ones, and its attention can go on reading them as they are."""
+    if site.born:
+        return True
+    whole = any(read.whole for read in site.reads) or not site.reads
+    return site.starts_empty and (not (site.key.tail and whole) or site.key.kind == "replace")
+
+
 def _check_sizes(graph: Graph, sites: Sequence[Site]) -> tuple[list[Site], list[Declined]]:
     """Leave out the sites whose sizes are used and cannot be made again without the dense tensor."""
     sizes = SizeMaker(graph)
@@ -137,11 +167,21 @@ def _check_sizes(graph: Graph, sites: Sequence[Site]) -> tuple[list[Site], list[
         try:
             for node in _lost_metadata(site):
                 sizes.check(metadata_value(node))
+            if not site.born and not site.reads:
+                sizes.check(_columns(site))
             possible.append(site)
         except NotExpressible as problem:
             declined.append(Declined(site.name, "rewrite", str(problem)))
             log.debug("declined %s", declined[-1])
     return possible, declined
+
+
+def _columns(site: Site) -> Any:
+    """The columns of the cached tensor."""
+    shape = shape_of(site.key.past)
+    if shape is None:
+        raise NotExpressible("the shape of the cache is unknown")
+    return shape[site.key.token_dim]
 
 
 def _lost_metadata(site: Site) -> list[Node]:
@@ -194,85 +234,170 @@ def _add_buffers(graph: Graph, site: Site, lowering: SiteLowering) -> dict[str, 
     return added
 
 
-def _operands(site: Site, copies: Mapping[Node, Node]) -> Operands:
-    attention = site.attention
-    return Operands(
-        query=copies[attention.query],
-        key_new=copies[site.key.new],
-        value_new=copies[site.value.new],
-        mask=None if attention.mask is None else copies[attention.mask],
-        scale=attention.scale,
-        is_causal=attention.is_causal,
-        groups=site.groups,
-        output=copies[attention.output],
-    )
+class _Rewriting:
+    """The rewrite of one site in the copied graph."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        site: Site,
+        copies: dict[Node, Node],
+        sizes: SizeMaker,
+        lowering: SiteLowering,
+        buffers: Mapping[str, Node],
+    ) -> None:
+        self._graph, self._site, self._sizes = graph, site, sizes
+        self._values = copies
+        """What stands for each original node now; shared by all sites."""
+        self._own = {id(update): [copies[n] for n in (update.result, *update.nodes)] for update in _updates(site)}
+        self._lowering, self._buffers = lowering, buffers
+
+    def run(self) -> None:
+        site = self._site
+        pasts = {self._values[update.past]: None for update in _updates(site) if update.past is not None}
+        self._replace_metadata()
+        self._drop_outputs()
+        if fills(site):
+            self._fill()
+        elif site.reads:
+            self._step()
+        else:
+            self._read_dense()
+        for past in pasts:
+            self._graph.erase_node(past)
+
+    def _fill(self) -> None:
+        """Let the attention read the new tokens as they are, and hand them to the lowering behind it."""
+        site = self._site
+        for update in _updates(site):
+            if update.kind == "replace":
+                self._erase_own(update)
+            elif not (update.born and update.tail):  # what is allocated in this graph serves this call alone
+                self._read_new_instead(update)
+        last = [read.attention.output for read in site.reads[:1]] or [update.new for update in _updates(site)]
+        with self._graph.inserting_before(max(self._values[node] for node in last).next):
+            new = self._new_tokens()
+            first = self._operands(site.reads[0]) if site.reads else None
+            self._lowering.emit_born(self._graph, site, first, new, self._buffers)
+
+    def _read_new_instead(self, update: CacheUpdate) -> None:
+        """Drop the concatenation or the write: past and new tokens together are the new ones."""
+        new = self._values[update.new]
+        own = self._own[id(update)]
+        for source in update.all_sources:
+            copy = self._values[source]
+            for user in [user for user in copy.users if user not in own]:
+                user.replace_input_with(copy, new)
+            if source.op != "placeholder":
+                self._values[source] = new  # a later site may read it
+        inputs = [node for copy in own for node in copy.all_input_nodes if node is not new]
+        self._erase_own(update)
+        _erase_unused(list(dict.fromkeys(inputs)))
+
+    def _step(self) -> None:
+        """Put the lowering's nodes in the place of the attention, its head repeats, the writes and the caches."""
+        site = self._site
+        attended: list[tuple[Operands, Node]] = []
+        for read in site.reads:
+            output = self._values[read.attention.output]
+            with self._graph.inserting_before(output):
+                new, operands = self._new_tokens(), self._operands(read)
+                out, lse = self._lowering.emit_attend(self._graph, site, operands, new, self._buffers)
+                if operands.sinks is not None:
+                    out, lse = canonical.with_sinks(self._graph, out, lse, operands.sinks)
+                heads = self._kv_heads * read.groups
+                out = canonical.output(self._graph, out, read.attention.output_dims, heads, read.groups)
+                attended.append((operands, lse))
+                if read is site.reads[-1]:
+                    self._lowering.emit_update(self._graph, site, *attended[0], new, self._buffers)
+            out.meta.setdefault("example_value", output.meta.get("example_value", output.meta.get("val")))
+            output.replace_all_uses_with(out)
+            replaced = {*read.attention.nodes, *read.key_views, *read.value_views}
+            _erase_unused([self._values[node] for node in sorted(replaced, reverse=True)])
+            self._values[read.attention.output] = out  # a later site may read it
+        for update in _updates(site):
+            self._erase_own(update)
+            aliases = {self._values[node] for node in update.sources if node is not update.past}
+            _erase_unused(sorted((node for node in aliases if not node._erased), reverse=True))
+
+    def _read_dense(self) -> None:
+        """Give the model this layer's dense cache where it first needs it, and append the new tokens."""
+        site = self._site
+        pasts = [self._values[update.past] for update in _updates(site) if update.past is not None]
+        first = min(user for past in pasts for user in past.users)
+        with self._graph.inserting_before(first):
+            columns = self._sizes.make(_columns(site))
+            read = self._lowering.emit_read(self._graph, site, columns, self._buffers)
+            for past, update, dense in zip(pasts, _updates(site), read, strict=True):
+                past.replace_all_uses_with(canonical.in_layout(self._graph, dense, update.layout))
+        last = max(_last(update) for update in _updates(site))
+        with self._graph.inserting_before(self._values[last].next):
+            self._lowering.emit_append(self._graph, site, self._new_tokens(), self._buffers)
+        for update in _updates(site):
+            _erase_unused([copy for copy in reversed(self._own[id(update)]) if not writes_in_place(copy)])
+
+    @property
+    def _kv_heads(self) -> int:
+        update = self._site.key
+        shape = shape_of(update.new)
+        assert shape is not None
+        return int(shape[update.layout.index("H")]) if "H" in update.layout else 1
+
+    def _new_tokens(self) -> NewTokens:
+        key, value = (
+            canonical.new_tokens(self._graph, self._values[update.new], update.layout)
+            for update in _updates(self._site)
+        )
+        return NewTokens(key, value)
+
+    def _operands(self, read: Read) -> Operands:
+        attention, heads = read.attention, self._kv_heads * read.groups
+        query = self._values[attention.query]
+        return Operands(
+            query=canonical.query(self._graph, query, attention.query_dims, heads, read.groups),
+            mask=canonical.mask(self._graph, attention, self._values, heads, read.groups),
+            scale=attention.scale,
+            softcap=attention.softcap,
+            sinks=None if attention.sinks is None else self._values[attention.sinks],
+            is_causal=attention.is_causal,
+            groups=read.groups,
+        )
+
+    def _replace_metadata(self) -> None:
+        """Make the sizes that the graph asks of the dense cache from constants and symbolic inputs."""
+        for node in _lost_metadata(self._site):
+            copy = self._values[node]
+            if not copy.users:
+                copy.graph.erase_node(copy)
+                continue
+            with copy.graph.inserting_before(copy):
+                replace_by_value(copy, self._sizes.make(metadata_value(node)))
+
+    def _drop_outputs(self) -> None:
+        """Return None where the dense cache was returned."""
+        values = list(output_values(self._graph))
+        for update in _updates(self._site):
+            for position in update.outputs:
+                values[position] = None
+        self._graph.output_node().args = (tuple(values),)
+
+    def _erase_own(self, update: CacheUpdate) -> None:
+        """Erase the write idiom, latest node first."""
+        nodes = [n for n in dict.fromkeys(self._own[id(update)]) if n.op != "placeholder" and not n._erased]
+        _erase_unused([node for node in sorted(nodes, reverse=True) if node is not self._values[update.new]])
 
 
-def _replace_metadata(site: Site, copies: Mapping[Node, Node], sizes: SizeMaker) -> None:
-    """Make the sizes that the graph asks of the dense cache from constants and symbolic inputs."""
-    for node in _lost_metadata(site):
-        copy = copies[node]
-        if not copy.users:
-            copy.graph.erase_node(copy)
-            continue
-        with copy.graph.inserting_before(copy):
-            replace_by_value(copy, sizes.make(metadata_value(node)))
+def _updates(site: Site) -> tuple[CacheUpdate, CacheUpdate]:
+    return site.key, site.value
 
 
-def _rewrite_born(
-    graph: Graph,
-    site: Site,
-    operands: Operands,
-    copies: dict[Node, Node],
-    lowering: SiteLowering,
-    buffers: Mapping[str, Node],
-) -> None:
-    """Let the attention read the new tokens without the concatenation, and hand them to the lowering behind it."""
-    for update in (site.key, site.value):
-        _drop_outputs(graph, update)
-        result = copies[update.result]
-        empty = [node for node in result.all_input_nodes if node is not copies[update.new]]
-        result.replace_all_uses_with(copies[update.new])
-        copies[update.result] = copies[update.new]  # a later site may read it
-        graph.erase_node(result)
-        _erase_unused(empty)
-    with graph.inserting_before(operands.output.next):
-        lowering.emit_born(graph, site, operands, buffers)
-
-
-def _rewrite_step(
-    graph: Graph,
-    site: Site,
-    operands: Operands,
-    copies: dict[Node, Node],
-    lowering: SiteLowering,
-    buffers: Mapping[str, Node],
-) -> None:
-    """Put the lowering's nodes in the place of the attention, its head repeats, the concatenations and the caches."""
-    for update in (site.key, site.value):
-        _drop_outputs(graph, update)
-    with graph.inserting_before(operands.output):
-        output = lowering.emit_step(graph, site, operands, buffers)
-    output.meta.setdefault("example_value", operands.output.meta.get("example_value"))
-    operands.output.replace_all_uses_with(output)
-    replaced = {*site.attention.nodes, *site.key_views, *site.value_views, site.key.result, site.value.result}
-    _erase_unused([copies[node] for node in sorted(replaced, reverse=True)])
-    copies[site.attention.output] = output  # a later site may read it
-    for update in (site.key, site.value):
-        if update.past is not None:
-            graph.erase_node(copies[update.past])
+def _last(update: CacheUpdate) -> Node:
+    """The node after which a cache is up to date."""
+    return max(node for node in (update.result, update.new, *update.nodes) if node.op != "placeholder")
 
 
 def _erase_unused(nodes: Sequence[Node]) -> None:
     """Erase computations without users, one by one: dead code elimination would take in-place cache writes along."""
     for node in nodes:
-        if node.op != "placeholder" and not node.users:
+        if node.op != "placeholder" and not node._erased and not node.users:
             node.graph.erase_node(node)
-
-
-def _drop_outputs(graph: Graph, update: CacheUpdate) -> None:
-    """Return None where the dense cache was returned."""
-    values = list(output_values(graph))
-    for position in update.outputs:
-        values[position] = None
-    graph.output_node().args = (tuple(values),)

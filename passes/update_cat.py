@@ -1,4 +1,4 @@
-"""Growing cache: `torch.cat([past, new], dim=2)`, as Hugging Face's `DynamicCache` writes it."""
+"""Growing cache: `torch.cat([past, new], dim)`, the whole of it kept, or the newest tokens only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from mikv_compile.passes.node_utils import (
     is_metadata,
     is_op,
     known_equal,
-    names,
     output_positions,
     rank,
     same_kind,
@@ -24,17 +23,20 @@ from mikv_compile.passes.node_utils import (
 )
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.views import view_input
+from mikv_compile.passes.views import slice_of_tokens, view_input
 
 CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
-TOKEN_DIM = 2
+
+LAYOUTS = {4: {2: "BHTD", 1: "BTHD", 0: "TBHD", 3: "BHDT"}, 3: {1: "BTD"}}
+"""By rank and the dimension that tokens are written along."""
 
 
 def recognize(node: Node) -> CacheUpdate | Declined | None:
-    """Recognize a concatenation of past `[B, H, T, D]` and new `[B, H, S, D]` whose result the graph returns.
+    """Recognize a concatenation of past and new tokens that a cache keeps.
 
-    An empty past (`torch.tensor([])` or T == 0) makes a cache that is born here. Concatenations that do not look like
-    a cache (rotary embeddings, sinks) give None.
+    An empty past (`torch.tensor([])`, or no tokens) makes a cache that is born here. What is kept may be a slice of the
+    newest tokens, returned or copied back into a preallocated cache, as sliding windows do. Concatenations that do not
+    look like a cache (rotary embeddings, sinks) give None.
     """
     if not is_op(node, *CAT_TARGETS):
         return None
@@ -48,62 +50,110 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
 
     if len(tensors) != 2:
         return decline(f"{len(tensors)} tensors are concatenated; a cache update has two, [past, new]")
-    if not isinstance(dim, int) or dim % 4 != TOKEN_DIM:
-        return decline(f"concatenates along dim={dim}; only caches of layout [batch, heads, tokens, head_dim] (dim=2)")
+    dims = rank(node)
+    layout = LAYOUTS[dims].get(dim % dims) if isinstance(dim, int) and dims in LAYOUTS else None
+    if layout is None:
+        return decline(f"concatenates along dim={dim} of {dims}, which is not where a cache has its tokens")
     past, new = tensors
-    born = is_empty(past)
-    if is_empty(new) or past is new or not (born or _is_cached_tensor(past)):
+    born = is_empty(past, layout)
+    cached, first, position = (None, 0, None) if born else _cached(past, layout)
+    if is_empty(new, layout) or past is new or not (born or cached is not None):
         return decline("the cached tensor does not come first; only cat([past, new]) is supported")
-    if not same_kind(node, new) or (not born and not same_kind(past, new)):
+    if not same_kind(node, new) or (cached is not None and not same_kind(cached, new)):
         return decline("past and new tokens differ in dtype or device; the concatenation converts one of them")
+    if not fake(new).dtype.is_floating_point:  # type: ignore[union-attr]
+        return decline("the cached numbers are not floating point")
     if born and not same_shape(node, new):
         return decline("the result does not have the shape of the new tokens although the past is empty")
-    outputs = output_positions(node)
-    if not outputs:
-        return decline(_why_not_returned(node))
-    dense_users = [] if born else [user for user in past.users if user is not node and not is_metadata(user)]
-    if dense_users:
-        return decline(f"the values of the cached tensor `{past.name}` are also read by {names(dense_users)}")
-    readers = dict.fromkeys(([] if born else list(past.users)) + list(node.users))
+    kept = _kept(node, cached, layout)
+    if kept is None:
+        return decline("the graph does not return the result, so no cache keeps it")
+    outputs, keep, written, nodes = kept
+    capacity = None if written is None else shape_of(cached)[layout.index("T")]  # type: ignore[index]
+    if (first != 0 or position is not None) and written is None:
+        return decline("a part of the cache is dropped before new tokens are appended")
+    readers = dict.fromkeys([*(cached.users if cached is not None else ()), *node.users])
     return CacheUpdate(
         result=node,
-        past=None if born else past,
+        past=cached,
         new=new,
-        dim=TOKEN_DIM,
+        layout=layout,
         kind="cat",
         outputs=outputs,
         metadata_users=tuple(sorted(user for user in readers if is_metadata(user))),
+        written=written,
+        first=first,
+        position=position,
+        keep=keep,
+        capacity=capacity,
+        nodes=tuple(sorted({node, *nodes, *([past] if past is not cached and not born else [])})),
     )
 
 
-def is_empty(node: object) -> bool:
-    """Whether a node is a past without tokens: a 1-D tensor of no elements, or `[B, H, 0, D]`."""
+def is_empty(node: object, layout: str = "BHTD") -> bool:
+    """Whether a node is a past without tokens: a 1-D tensor of no elements, or no elements along the tokens."""
     shape = shape_of(node)
-    if shape is None or len(shape) not in (1, 4):
+    if shape is None or len(shape) not in (1, len(layout)):
         return False
-    return known_equal(shape[0] if len(shape) == 1 else shape[TOKEN_DIM], 0)
+    return known_equal(shape[0] if len(shape) == 1 else shape[layout.index("T")], 0)
 
 
-def _is_cached_tensor(node: object) -> bool:
-    """Whether a node is a 4-D graph input that is not a weight."""
+def is_cached_tensor(node: object) -> bool:
+    """Whether a node is a graph input of 3 or 4 dimensions that is not a weight."""
     return (
         isinstance(node, Node)
         and node.op == "placeholder"
-        and rank(node) == 4
+        and rank(node) in (3, 4)
         and not isinstance(fake(node), torch.nn.Parameter)
     )
 
 
+def _cached(past: Node, layout: str) -> tuple[Node | None, Any, Any]:
+    """The cached tensor behind `past`, and which of its columns `past` is: `[first:position]`."""
+    if is_cached_tensor(past):
+        return past, 0, None
+    source = view_input(past) if isinstance(past, Node) else None
+    cut = slice_of_tokens(past, layout) if source is not None and is_cached_tensor(source) else None
+    if cut is None:
+        return None, 0, None
+    return source, cut[0] or 0, cut[1]
+
+
+def _kept(
+    node: Node, cached: Node | None, layout: str
+) -> tuple[tuple[int, ...], int | None, Node | None, tuple[Node, ...]] | None:
+    """What the cache keeps of the result: output positions, how many tokens, the write into `cached`, nodes of it."""
+    whole = output_positions(node)
+    if whole:
+        return whole, None, None, ()
+    for user in node.users:
+        cut = slice_of_tokens(user, layout)
+        if cut is None or not isinstance(cut[0], int) or cut[0] >= 0 or cut[1] is not None:
+            continue
+        if output_positions(user) and set(user.users) == {node.graph.output_node()}:
+            return output_positions(user), -cut[0], None, (user,)
+        writes = [copy for copy in user.users if is_op(copy, "copy_") and copy.args[0] is cached]
+        if cached is not None and len(writes) == 1 and set(user.users) == set(writes):
+            if known_equal(shape_of(cached)[layout.index("T")], -cut[0]):  # type: ignore[index]
+                return (), -cut[0], writes[0], (user, writes[0])
+    return None
+
+
 def _looks_like_cache(node: Node, tensors: Any) -> bool:
     """Whether this is worth a report: cached or empty tensors joined to something returned or attended to."""
-    if not isinstance(tensors, list | tuple) or rank(node) != 4:
+    if not isinstance(tensors, list | tuple) or rank(node) not in LAYOUTS:
         return False
-    if not any(is_empty(tensor) or _is_cached_tensor(tensor) for tensor in tensors):
+    if not any(
+        is_empty(tensor, "BHTD"[-rank(node) :] if rank(node) == 4 else "BTD")  # type: ignore[operator]
+        or is_cached_tensor(tensor)
+        or (isinstance(tensor, Node) and is_cached_tensor(view_input(tensor)) and rank(tensor) == rank(node))
+        for tensor in tensors
+    ):
         return False
-    return bool(output_positions(node)) or _feeds_attention(node)
+    return bool(output_positions(node)) or feeds_attention(node)
 
 
-def _feeds_attention(node: Node) -> bool:
+def feeds_attention(node: Node) -> bool:
     """Whether a node's value reaches an SDPA or a matrix product through views only."""
     seen = {node}
     todo = [node]
@@ -115,11 +165,3 @@ def _feeds_attention(node: Node) -> bool:
                 seen.add(user)
                 todo.append(user)
     return False
-
-
-def _why_not_returned(node: Node) -> str:
-    """The reason to give when the whole result is not an output: a sliding window keeps only its end."""
-    sliced = [user for user in node.users if view_input(user) is not None and output_positions(user)]
-    if sliced:
-        return f"only a slice of the result is kept as the cache ({names(sliced)}); sliding windows are not supported"
-    return "the graph does not return the result, so no cache keeps it"

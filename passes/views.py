@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,17 @@ from mikv_compile.passes.node_utils import (
     known_equal,
     same_kind,
     shape_of,
+    value_of,
     var_arguments,
 )
+from mikv_compile.passes.records import Dims
 
 _COPIES = {"contiguous", "clone", "detach", "alias"}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
-_OTHERS = {"unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave"}
+_OTHERS = {"unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow"}
 _METHODS = _COPIES | _CASTS | _EXPANDS | _RESHAPES | _SWAPS | _OTHERS
 _FUNCTIONS = {getattr(torch, name): name for name in sorted(_METHODS) if callable(getattr(torch, name, None))}
 
@@ -43,6 +45,8 @@ class Axis:
 
     name: str
     size: Any
+    stop: Any = None
+    """Where a slice `[:stop]` of the tokens ends; None for all of them."""
 
 
 Layout = tuple[tuple[Axis, ...], ...]
@@ -54,10 +58,10 @@ class NotAView(Exception):
 
 @dataclass(frozen=True)
 class ViewPath:
-    """An operand `[B, H * repeats, T, D]` shown to be the cached tensor `source` `[B, H, T, D]`, heads interleaved."""
+    """An operand shown to be a view of the cached tensor `source`, with what each of its dimensions holds."""
 
     source: Node
-    repeats: int
+    layout: Layout
     views: tuple[Node, ...]
     """The nodes between, in graph order."""
 
@@ -113,10 +117,10 @@ def is_key_transpose(node: object) -> bool:
         return False
 
 
-def trace_to_source(operand: Node, sources: Container[Node]) -> ViewPath:
-    """Walk back from `operand` `[B, H * n, T, D]` to one of `sources` `[B, H, T, D]`.
+def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
+    """Walk back from `operand` to one of `sources`, cached tensors with their layouts, such as "BHTD".
 
-    Raises `NotAView` if anything but views, plain copies and interleaved head repeats lies between.
+    Raises `NotAView` if anything but views, plain copies and repeats lies between.
     """
     path: list[Node] = []
     node = operand
@@ -130,13 +134,46 @@ def trace_to_source(operand: Node, sources: Container[Node]) -> ViewPath:
         node = source
     path.reverse()
     shape = shape_of(node)
-    if shape is None or len(shape) != 4:
-        raise NotAView(f"`{node.name}` is not a 4-D tensor")
-    layout: Layout = tuple(_axes(name, size) for name, size in zip("BHTD", shape, strict=True))
-    start = layout
+    if shape is None or len(shape) != len(sources[node]):
+        raise NotAView(f"the shape of `{node.name}` is unknown")
+    layout: Layout = tuple(_axes(name, size) for name, size in zip(sources[node], shape, strict=True))
     for view in path:
         layout = _apply(view, layout, shape_of(view_input(view)), shape_of(view))
-    return ViewPath(node, _head_repeats(start, layout), tuple(path))
+    return ViewPath(node, layout, tuple(path))
+
+
+def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
+    """How often each head of the cache is repeated in an operand whose dimensions should be `dims`, and its tokens.
+
+    The letters are those of :data:`~mikv_compile.passes.records.Dims`. Heads must be interleaved: `kg` holds each KV head
+    several times in a row. The axis of the tokens is None if there is one token for sure.
+
+    Raises:
+        NotAView: if the dimensions hold something else.
+    """
+    if len(layout) != len(dims):
+        raise NotAView(f"it has {len(layout)} dimensions instead of {len(dims)}")
+    repeats, tokens = 1, None
+    for axes, letters in zip(layout, dims, strict=True):
+        left = list(axes)
+        for letter in letters:
+            wanted = {"b": "B", "k": "H", "t": "T", "d": "D"}.get(letter)
+            if wanted is not None and left and left[0].name == wanted:
+                axis = left.pop(0)
+                tokens = axis if wanted == "T" else tokens
+            while letter == "g" and left and left[0].name == "repeat":
+                repeats *= left.pop(0).size
+        if left:
+            raise NotAView(_why_unlike(left, letters))
+    return repeats, tokens
+
+
+def _why_unlike(left: list[Axis], letters: str) -> str:
+    """What is wrong with a dimension that holds `left` beyond what `letters` say."""
+    if "k" in letters and left[0].name == "repeat" and any(axis.name == "H" for axis in left):
+        return "the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave"
+    held = " x ".join(axis.name for axis in left)
+    return f"after the views between, the dimension for {letters!r} holds {held} of the cache"
 
 
 def _kind(node: Node) -> str:
@@ -153,25 +190,6 @@ def _repeat(count: Any, node: Node) -> tuple[Axis, ...]:
     if isinstance(count, bool) or not isinstance(count, int):
         raise NotAView(f"`{node.name}` repeats a number of times that is not a constant")
     return _axes("repeat", count)
-
-
-def _head_repeats(start: Layout, layout: Layout) -> int:
-    """How often each head stands in a row if `layout` is `start` with interleaved heads; raises otherwise."""
-    if len(layout) != 4 or any(layout[i] != start[i] for i in (0, 2, 3)):
-        raise NotAView("its dimensions are not [batch, heads, tokens, head_dim] of the cache after the views between")
-    heads = layout[1]
-    if start[1]:
-        if start[1][0] in heads[1:] and all(axis.name == "repeat" for axis in heads if axis != start[1][0]):
-            raise NotAView("the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave")
-        if heads[:1] != start[1]:
-            raise NotAView("its head dimension does not hold the heads of the cache")
-        heads = heads[1:]
-    if any(axis.name != "repeat" for axis in heads):
-        raise NotAView("its head dimension holds more than repeated heads of the cache")
-    repeats = 1
-    for axis in heads:
-        repeats *= axis.size
-    return repeats
 
 
 def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
@@ -203,6 +221,8 @@ def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
         return tuple(dims)
     if name == "squeeze":
         return _squeeze(node, layout)
+    if name == "narrow":
+        return _narrow(node, layout, in_shape, out_shape)
     if name == "repeat":
         return _tile(node, layout)
     if name == "repeat_interleave":
@@ -279,9 +299,85 @@ def _index(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tup
             continue
         if not isinstance(item, slice):
             raise NotAView(f"`{node.name}` indexes the cache with something else than slices")
-        whole = item.step in (None, 1) and known_equal(in_shape[used], out_shape[len(result)])
-        if not whole:
-            raise NotAView(f"`{node.name}` takes only a slice of the cache")
-        result.append(layout[used])
+        if item.step in (None, 1) and known_equal(in_shape[used], out_shape[len(result)]):
+            result.append(layout[used])
+        else:
+            result.append(_prefix(node, item, layout[used], out_shape[len(result)]))
         used += 1
     return tuple(result)
+
+
+def _narrow(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tuple[Any, ...]) -> Layout:
+    """The layout after `x.narrow(dim, 0, length)`."""
+    dim = _dim(node, argument(node, 1, "dim"), len(layout))
+    result = list(layout)
+    if not known_equal(in_shape[dim], out_shape[dim]):
+        result[dim] = _prefix(node, slice(argument(node, 2, "start"), None), layout[dim], out_shape[dim])
+    return tuple(result)
+
+
+def _prefix(node: Node, item: slice, axes: tuple[Axis, ...], size: Any) -> tuple[Axis, ...]:
+    """The dimension after `[:stop]` of the tokens, which caches of fixed size are read with."""
+    if item.step not in (None, 1) or item.start not in (None, 0):
+        raise NotAView(f"`{node.name}` takes only a slice of the cache")
+    if len(axes) != 1 or axes[0].name != "T" or axes[0].stop is not None:
+        raise NotAView(f"`{node.name}` takes only a slice of the cache")
+    return (Axis("T", size, stop=size),)
+
+
+_ALIASING = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "detach", "alias"}
+
+
+def is_alias(node: Node) -> bool:
+    """Whether a node is its input under another name: the same memory and shape."""
+    source = view_input(node)
+    return source is not None and op_name(node) in _ALIASING and same_kind(node, source) and not node.kwargs.get("copy")
+
+
+def aliases(root: Node) -> list[Node]:
+    """`root` and all nodes that may share memory with it, as far as views tell."""
+    while (source := view_input(root)) is not None:
+        root = source
+    found, todo = {root: None}, [root]
+    while todo:
+        for user in todo.pop().users:
+            if user not in found and view_input(user) in found:
+                found[user] = None
+                todo.append(user)
+    return list(found)
+
+
+def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
+    """`(dim, start, stop)`, maybe symbolic, if a node takes a slice of one dimension and all of the others."""
+    source = view_input(node)
+    shape = shape_of(source)
+    if source is None or shape is None:
+        return None
+    name = op_name(node)
+    if name == "narrow":
+        dim, start, out = argument(node, 1, "dim"), value_of(argument(node, 2, "start")), shape_of(node)
+        if not isinstance(dim, int) or isinstance(start, torch.Tensor) or out is None:
+            return None
+        return dim % len(shape), start, start + out[dim % len(shape)]
+    if name != "getitem":
+        return None
+    index = argument(node, 1, "index")
+    items = list(index) if isinstance(index, tuple | list) else [index]
+    if any(not isinstance(item, slice) and item is not Ellipsis for item in items) or items.count(Ellipsis) > 1:
+        return None
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    place = items.index(Ellipsis)
+    items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
+    cut = [i for i, item in enumerate(items) if item.start is not None or item.stop is not None]
+    if len(items) != len(shape) or len(cut) != 1 or any(item.step not in (None, 1) for item in items):
+        return None
+    return cut[0], value_of(items[cut[0]].start), value_of(items[cut[0]].stop)
+
+
+def slice_of_tokens(node: Node, layout: str) -> tuple[Any, Any] | None:
+    """`(start, stop)` if a node takes a slice of the tokens of a tensor in `layout`; None otherwise."""
+    bounds = slice_bounds(node)
+    if bounds is None or bounds[0] != layout.index("T"):
+        return None
+    return bounds[1], bounds[2]

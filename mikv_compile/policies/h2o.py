@@ -6,13 +6,12 @@ import torch
 
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import Watch
+from mikv_compile.kernels.scoring import AttentionArgs
 
 WATCH = Watch()
 """Every row of every call counts."""
 
 
-def scorer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
-) -> torch.Tensor:
+def scorer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
     """Column sums of the prompt's whole attention; costs as much time as the attention, and no T x T memory."""
-    return run("column_sums", q.device, q, k, mask, scale, is_causal, 0)
+    return run("column_sums", q.device, q, k, args, 0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import Watch
+from mikv_compile.kernels.scoring import AttentionArgs
 
 OBSERVED_ROWS = 32
 """Last query rows that are looked at."""
@@ -19,9 +20,7 @@ WATCH = Watch(rows=OBSERVED_ROWS, pool=KERNEL, least=2)
 in plans that evict, where every call is watched."""
 
 
-def scorer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool
-) -> torch.Tensor:
+def scorer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
     """Pooled column sums over the last rows."""
-    sums = run("column_sums", q.device, q, k, mask, scale, is_causal, OBSERVED_ROWS)
+    sums = run("column_sums", q.device, q, k, args, OBSERVED_ROWS)
     return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)

@@ -75,7 +75,18 @@ def assert_equal_to_reference(args, tolerance=2e-6):
 
 
 def make_args(
-    text, counts, dim=64, group=1, rows=1, mask="none", value_dim=None, batch=1, kv_heads=2, own=1, dtype=torch.float32
+    text,
+    counts,
+    dim=64,
+    group=1,
+    rows=1,
+    mask="none",
+    value_dim=None,
+    batch=1,
+    kv_heads=2,
+    own=1,
+    softcap=0.0,
+    dtype=torch.float32,
 ):
     torch.manual_seed(0)
     fmt, buffers = build_store(text, counts, dim, value_dim, batch, kv_heads, dtype)
@@ -84,7 +95,7 @@ def make_args(
     k = torch.randn(batch, kv_heads, own, dim).to(dtype)
     v = torch.randn(batch, kv_heads, own, value_dim or dim).to(dtype)
     mask = make_mask(mask, batch, heads, rows, length + own)
-    return q, k, v, mask, dim**-0.5, buffers, fmt, tuple(counts), length
+    return q, k, v, mask, dim**-0.5, softcap, buffers, fmt, tuple(counts), length
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,7 @@ def test_half_precision_buffers_with_float_queries():
 
 def test_half_precision_extremes():
     args = make_args("fp16,fp16", [19], dim=20)
-    tier = args[5].tiers[0]
+    tier = args[6].tiers[0]
     tier.key.codes[:, :, 0, 0] = 6e-8  # subnormal
     tier.value.codes[:, :, 1] = 65504.0
     tier.value.codes[:, :, 2] = -3e-6
@@ -177,9 +188,9 @@ def test_non_contiguous_inputs():
 
 def test_buffers_may_be_views():
     args = make_args("4:t64c1,2:t1c32|fp,fp", [128, 9], group=3, batch=2, mask="bool")
-    buffers = args[5]
+    buffers = args[6]
     wider = [torch.cat([x, x], dim=2)[:, :, : x.shape[2]] if x.dim() == 4 else x for x in buffers.to_list()]
-    got = cpp_attention.attend(*args[:5], StoreBuffers.from_list(wider), *args[6:])
+    got = cpp_attention.attend(*args[:6], StoreBuffers.from_list(wider), *args[7:])
     assert torch.equal(got[0], cpp_attention.attend(*args)[0])
 
 
@@ -202,7 +213,7 @@ def test_large_scores():
 
 def test_nan_is_not_hidden():
     args = make_args("fp,fp", [100], group=2)
-    args[5].tiers[0].key.codes[0, 1, 50] = math.nan
+    args[6].tiers[0].key.codes[0, 1, 50] = math.nan
     out, lse = cpp_attention.attend(*args)
     assert out[:, :2].isfinite().all() and out[:, 2:].isnan().all() and lse[:, 2:].isnan().all()
 

@@ -12,6 +12,7 @@ from mikv_compile.kernels import attention, tokens
 from mikv_compile.kernels.formats import LayerFormat, SideBuffers, SideFormat, StoreBuffers, buffer_shapes
 from mikv_compile.kernels.packing import pack, unpack
 from mikv_compile.kernels.quantize import channel_balancer, dequantize, quantize
+from mikv_compile.kernels.scoring import AttentionArgs
 
 BATCH, KV_HEADS = 2, 2
 
@@ -161,7 +162,7 @@ def test_attention_over_tiers_is_dense_attention(text, counts, own, group, kind)
         mask[..., 0] = True
         if kind == "additive":
             mask = torch.randn(mask.shape).masked_fill(~mask, float("-inf"))
-    out, lse = attention.attend(q, k, v, mask, 0.3, store, fmt, tuple(counts), length)
+    out, lse = attention.attend(q, k, v, mask, 0.3, 0.0, store, fmt, tuple(counts), length)
     expected = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     weights = (q @ keys.repeat_interleave(group, dim=1).transpose(2, 3) * 0.3).double()
@@ -174,7 +175,7 @@ def test_attention_over_tiers_is_dense_attention(text, counts, own, group, kind)
     if not store.scores.numel():
         store = store._replace(scores=torch.full((BATCH, KV_HEADS, count + 16), float("nan")))
     store.scores[:, :, :count] = 1.0
-    own_scores = attention.add_scores(q, k, lse, mask, 0.3, store, fmt, count, length)
+    own_scores = attention.add_scores(q, k, lse, mask, 0.3, 0.0, store, fmt, count, length)
     torch.testing.assert_close(own_scores, received[:, :, length:], atol=1e-5, rtol=1e-5)
     places = store.tiers[0].positions[:, :, :count].long()
     torch.testing.assert_close(store.scores[:, :, :count], 1 + received.gather(2, places), atol=1e-5, rtol=1e-5)
@@ -185,7 +186,7 @@ def test_row_that_may_attend_to_nothing():
     fmt, store, length, q, k, v, _, _ = dense_case("fp,fp", [5], 2, 2)
     mask = torch.ones(1, 1, 2, 7, dtype=torch.bool)
     mask[:, :, 1] = False
-    out, lse = attention.attend(q, k, v, mask, 1.0, store, fmt, (5,), length)
+    out, lse = attention.attend(q, k, v, mask, 1.0, 0.0, store, fmt, (5,), length)
     assert (out[:, :, 1] == 0).all() and (lse[:, :, 1] == -math.inf).all() and lse[:, :, 0].isfinite().all()
 
 
@@ -208,5 +209,5 @@ def test_column_sums_are_sums_of_the_softmax(monkeypatch, is_causal, last, kind)
         scores = scores.masked_fill(~torch.ones(rows, columns, dtype=torch.bool).tril(), -math.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)[:, :, rows - last if last else 0 :]
     expected = weights.sum(2).reshape(BATCH, KV_HEADS, 3, columns).sum(2)
-    found = attention.column_sums(q, k, mask, 0.5, is_causal, last)
+    found = attention.column_sums(q, k, AttentionArgs(mask, 0.5, is_causal), last)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from mikv_compile.kernels import triton_attention, triton_common, triton_tokens
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
+from mikv_compile.kernels.scoring import AttentionArgs
 
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
@@ -136,20 +137,20 @@ def run_attend(text, key_dim, value_dim, dtype, group=4, rows=1, mask=False):
     counts = (250,) * len(fmt.tiers)
     length = sum(counts)
     given = torch.ones(1, 1, rows, length + rows, dtype=torch.bool) if mask else None
-    triton_attention.attend(q, k, v, given, 0.1, store, fmt, counts, length)
+    triton_attention.attend(q, k, v, given, 0.1, 0.0, store, fmt, counts, length)
 
 
 def run_add_scores(text, dim, dtype, group=4, rows=1):
     fmt, store = _store(text, dim, dim, dtype)
     q, k = torch.zeros(1, 8 * group, rows, dim, dtype=dtype), torch.zeros(1, 8, rows, dim, dtype=dtype)
     mask = torch.zeros(1, 1, rows, 250 + rows, dtype=dtype)
-    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, rows), mask, 0.1, store, fmt, 250, 250)
+    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, rows), mask, 0.1, 0.0, store, fmt, 250, 250)
 
 
 def run_column_sums(dim, dtype, last, mask=False):
     q, k = torch.zeros(1, 8, 512, dim, dtype=dtype), torch.zeros(1, 2, 512, dim, dtype=dtype)
     given = torch.ones(1, 1, 512, 512, dtype=torch.bool) if mask else None
-    triton_attention.column_sums(q, k, given, 0.1, not mask, last)
+    triton_attention.column_sums(q, k, AttentionArgs(given, 0.1, not mask), last)
 
 
 def run_tokens(text, key_dim, value_dim, dtype, indexed):

@@ -12,6 +12,7 @@ import torch
 
 from mikv_compile.kernels import attention, tokens
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
+from mikv_compile.kernels.scoring import AttentionArgs
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -221,7 +222,7 @@ def attend_case(text, counts, own, key_dim, value_dim, group, dtype, kind):
 def test_attend(text, counts, own, key_dim, value_dim, group, dtype, kind):
     fmt, store, length, q, k, v, mask = attend_case(text, counts, own, key_dim, value_dim, group, dtype, kind)
     before = copy_of(store)
-    args = (q, k, v, mask, key_dim**-0.5, store, fmt, tuple(counts), length)
+    args = (q, k, v, mask, key_dim**-0.5, 0.0, store, fmt, tuple(counts), length)
     out, lse = triton_attention.attend(*args)
     expected_out, expected_lse = attention.attend(*args)
     assert out.dtype == dtype
@@ -243,9 +244,9 @@ def test_add_scores(case):
         scores[:, :, : counts[0]] = torch.rand(BATCH, KV_HEADS, counts[0])
         store = store._replace(scores=scores)
     scale = key_dim**-0.5
-    _, lse = attention.attend(q, k, v, mask, scale, store, fmt, tuple(counts), length)
+    _, lse = attention.attend(q, k, v, mask, scale, 0.0, store, fmt, tuple(counts), length)
     expected_store = copy_of(store)
-    args = (q, k, lse, mask, scale)
+    args = (q, k, lse, mask, scale, 0.0)
     own = triton_attention.add_scores(*args, store, fmt, counts[0], length)
     expected = attention.add_scores(*args, expected_store, fmt, counts[0], length)
     tolerance = HALF_TOLERANCE[q.dtype]
@@ -271,7 +272,7 @@ def test_column_sums(rows, columns, dim, group, dtype, kind, causal, last):
     heads = KV_HEADS * group
     q, k = head_last(BATCH, heads, rows, dim, dtype), head_last(BATCH, KV_HEADS, columns, dim, dtype)
     mask = random_mask(kind, heads, rows, columns)
-    args = (q, k, mask, dim**-0.5, causal, last)
+    args = (q, k, AttentionArgs(mask, dim**-0.5, causal), last)
     tolerance = HALF_TOLERANCE[dtype]
     torch.testing.assert_close(
         triton_attention.column_sums(*args), attention.column_sums(*args), atol=tolerance, rtol=tolerance
@@ -282,5 +283,5 @@ def test_channels_that_are_not_neighbours():
     torch.manual_seed(0)
     fmt, store, length, q, k, v, _ = attend_case("fp,fp", [16], 2, 16, 16, 1, torch.float32, None)
     q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
-    args = (q, k, v, None, 0.25, store, fmt, (16,), length)
+    args = (q, k, v, None, 0.25, 0.0, store, fmt, (16,), length)
     torch.testing.assert_close(triton_attention.attend(*args), attention.attend(*args))

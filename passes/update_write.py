@@ -1,0 +1,271 @@
+"""Preallocated cache: new tokens are written at their places, in one of the many spellings that torch has for it."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mikv_compile.passes.node_utils import (
+    argument,
+    fake,
+    is_metadata,
+    is_op,
+    known_equal,
+    output_positions,
+    rank,
+    same_kind,
+    shape_of,
+    value_of,
+    writes_in_place,
+)
+from mikv_compile.passes.records import CacheUpdate
+from mikv_compile.passes.report import Declined
+from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
+from mikv_compile.passes.views import aliases, is_alias, slice_bounds, view_input
+
+_INDEX_COPY = (torch.index_copy, "index_copy", "index_copy_")
+_INDEX_PUT = (torch.index_put, torch.index_put_, "index_put", "index_put_")
+_SLICE_SCATTER = (torch.slice_scatter, "slice_scatter")
+_SCATTER = (torch.scatter, "scatter", "scatter_")
+_ZEROS = (torch.zeros, torch.zeros_like, "new_zeros")
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Tokens `new` written into `target` along `dim`, at an integer, a node of an integer, or a node of columns."""
+
+    target: Node
+    dim: int
+    position: Any
+    new: Node
+    nodes: tuple[Node, ...]
+
+
+def recognize(node: Node) -> CacheUpdate | Declined | None:
+    """Recognize a write of new tokens into a cached tensor, in place or as a copy that the graph returns.
+
+    A cache that is allocated by zeros in this graph is born here.
+    """
+    try:
+        write = _as_write(node)
+        if write is None:
+            return None
+        root = _root(write.target)
+        if root is None:
+            return None
+        return _update(node, write, root)
+    except _NotSupported as reason:
+        return Declined(node.name, "find cache updates", str(reason))
+
+
+class _NotSupported(Exception):
+    """Why a write into a cached tensor cannot be taken over."""
+
+
+def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
+    dims = rank(root)
+    layout = LAYOUTS[dims].get(write.dim % dims)  # type: ignore[index,operator]
+    shape, new_shape = shape_of(root), shape_of(write.new)
+    if layout is None or shape is None or new_shape is None or len(new_shape) != len(shape):
+        raise _NotSupported(f"writes along dim={write.dim}, which is not where a cache has its tokens")
+    token_dim = layout.index("T")
+    if not same_kind(root, write.new):
+        raise _NotSupported("cache and new tokens differ in dtype or device; the write converts one of them")
+    if not fake(root).dtype.is_floating_point:  # type: ignore[union-attr]
+        raise _NotSupported("the cached numbers are not floating point")
+    if any(not known_equal(a, b) for i, (a, b) in enumerate(zip(shape, new_shape, strict=True)) if i != token_dim):
+        raise _NotSupported("the new tokens fill only a part of the cache's batch, heads or channels")
+    in_place = writes_in_place(node)
+    family = aliases(root)
+    writers = [
+        user for member in family for user in member.users if writes_in_place(user) and user.args[0] is member
+    ]
+    if in_place and writers != [node]:
+        raise _NotSupported("this graph writes more than once into the cache")
+    if in_place:
+        sources = tuple(sorted(n for n in family if is_alias_of(n, root) and not _precedes(n, node, root)))
+        value = node if fake(node) is not None else root
+    else:
+        sources, value = (), node
+    born = root.op != "placeholder"
+    outputs = tuple(sorted({p for n in {value, root, *sources, node} for p in output_positions(n)}))
+    if not in_place and not outputs:
+        raise _NotSupported("the graph does not return the updated cache, so nothing keeps it")
+    if born and not outputs:
+        raise _NotSupported("the graph does not return the cache that it allocates")
+    readers = dict.fromkeys(user for n in {root, value, *sources} for user in n.users)
+    return CacheUpdate(
+        result=value,
+        past=None if born else root,
+        new=write.new,
+        layout=layout,
+        kind="write",
+        outputs=outputs,
+        metadata_users=tuple(sorted(user for user in readers if is_metadata(user))),
+        sources=tuple(dict.fromkeys(sources)),
+        written=node if in_place else None,
+        position=write.position,
+        tail=True,
+        capacity=shape[token_dim],
+        nodes=tuple(sorted({node, *write.nodes})),
+    )
+
+
+def _precedes(member: Node, write: Node, root: Node) -> bool:
+    """Whether an alias of the cache is a copy that was made before the write and so does not see it."""
+    return member is not root and not is_alias(member) and member < write
+
+
+def is_alias_of(node: Node, root: Node) -> bool:
+    """Whether a node is the whole cached tensor under another name."""
+    while node is not root:
+        source = view_input(node)
+        if source is None or not is_alias(node):
+            return False
+        node = source
+    return True
+
+
+def _root(target: Node) -> Node | None:
+    """The cached tensor that `target` is: a graph input, or zeros made in this graph."""
+    while (source := view_input(target)) is not None and is_alias(target):
+        target = source
+    if is_cached_tensor(target) or (is_op(target, *_ZEROS) and rank(target) in LAYOUTS):
+        return target
+    return None
+
+
+def _as_write(node: Node) -> _Write | None:
+    """The write that a node does, whatever it writes into; None if it does none along one dimension."""
+    target = argument(node, 0, "input", node.kwargs.get("self"))
+    if not isinstance(target, Node) or rank(target) not in LAYOUTS:
+        return None
+    if is_op(node, *_INDEX_COPY):
+        dim, index, new = (argument(node, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
+        return _Write(target, dim, _columns(index, new, dim), new, ()) if isinstance(new, Node) else None
+    if is_op(node, operator.setitem) or is_op(node, *_INDEX_PUT):
+        return _indexed(node, target)
+    if is_op(node, *_SLICE_SCATTER):
+        new, dim = argument(node, 1, "src"), argument(node, 2, "dim", 0)
+        start, stop = argument(node, 3, "start"), argument(node, 4, "end")
+        if argument(node, 5, "step", 1) != 1 or not isinstance(new, Node):
+            return None
+        return _Write(target, dim, _start(target, dim, start, stop, new), new, ())
+    if is_op(node, *_SCATTER):
+        return _scattered(node, target)
+    if is_op(node, "copy_"):
+        return _copied(node, target)
+    return None
+
+
+def _indexed(node: Node, target: Node) -> _Write | None:
+    """`cache[:, :, index] = new` and `index_put`: one dimension is indexed, the others are whole."""
+    new = argument(node, 2, "values")
+    index = argument(node, 1, "indices")
+    if not isinstance(new, Node) or rank(new) != rank(target) or argument(node, 3, "accumulate", False) is not False:
+        return None
+    items = _spread(index, rank(target))
+    shape = shape_of(target)
+    if items is None or shape is None:
+        return None
+    chosen = [i for i, item in enumerate(items) if not _is_whole(item, shape[i])]
+    if len(chosen) != 1:
+        if is_cached_tensor(target) and len(chosen) > 1:
+            raise _NotSupported("only a part of the cache's batch, heads or channels is written")
+        return None
+    dim, item = chosen[0], items[chosen[0]]
+    if isinstance(item, slice):
+        return _Write(target, dim, _start(target, dim, item.start, item.stop, new), new, ())
+    return _Write(target, dim, _columns(item, new, dim), new, ())
+
+
+def _spread(index: Any, dims: int | None) -> list[Any] | None:
+    """An index for each dimension; None where that is not clear."""
+    items = list(index) if isinstance(index, tuple | list) else [index]
+    items = [slice(None) if item is None and not isinstance(index, tuple) else item for item in items]
+    if any(item is None for item in items) or sum(item is Ellipsis for item in items) > 1 or dims is None:
+        return None
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    place = items.index(Ellipsis)
+    items[place : place + 1] = [slice(None)] * (dims - len(items) + 1)
+    return items if len(items) == dims else None
+
+
+def _is_whole(item: Any, size: Any) -> bool:
+    if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
+        return False
+    if item.stop is None:
+        return True
+    return known_equal(value_of(item.stop), size)
+
+
+def _start(target: Node, dim: int, start: Any, stop: Any, new: Node) -> Any:
+    """Where a slice assignment begins, once it is sure that it is as long as the new tokens."""
+    shape, new_shape = shape_of(target), shape_of(new)
+    assert shape is not None and new_shape is not None
+    begin = 0 if start is None else value_of(start)
+    end = shape[dim] if stop is None or (isinstance(stop, int) and stop > 2**60) else value_of(stop)
+    if isinstance(begin, torch.Tensor) or isinstance(end, torch.Tensor):
+        raise _NotSupported("the slice that is written is bounded by a tensor")
+    if isinstance(begin, int) and begin < 0:
+        raise _NotSupported("the write counts from the end of the cache")
+    if not known_equal(end - begin, new_shape[dim]):
+        raise _NotSupported("the slice that is written is not surely as long as the new tokens")
+    return begin
+
+
+def _columns(index: Any, new: Any, dim: Any) -> Node:
+    """The node of the columns, once it is sure that there is one for each new token."""
+    value = fake(index)
+    if value is None or value.dtype not in (torch.int64, torch.int32) or value.dim() > 1:
+        raise _NotSupported("the tokens are not written at a one-dimensional index of integers")
+    count = value.shape[0] if value.dim() else 1
+    new_shape = shape_of(new)
+    if not isinstance(dim, int) or new_shape is None or not known_equal(count, new_shape[dim]):
+        raise _NotSupported("there is not surely one column for each new token")
+    return index
+
+
+def _scattered(node: Node, target: Node) -> _Write | None:
+    """`scatter(dim, index.expand_as(new), new)`: all rows, heads and channels go to the same columns."""
+    dim, index, new = (argument(node, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "src")))
+    if not isinstance(new, Node) or not isinstance(index, Node) or "reduce" in node.kwargs:
+        return None
+    base = index
+    nodes = []
+    while (source := view_input(base)) is not None and rank(base) != 1:
+        nodes.append(base)
+        base = source
+    shape = shape_of(base)
+    if shape is None or len(shape) != 1 or not all(_keeps_dim(n, dim, shape[0]) for n in nodes):
+        raise _NotSupported("the tokens of different rows or heads are not surely written at the same columns")
+    return _Write(target, dim, _columns(base, new, dim), new, ())
+
+
+def _keeps_dim(node: Node, dim: int, size: Any) -> bool:
+    """Whether a view of the columns has them along `dim` if it has all dimensions; others are of size 1 or expanded."""
+    shape = shape_of(node)
+    if shape is None:
+        return False
+    if is_op(node, "expand", "expand_as"):
+        return known_equal(shape[dim], size)
+    real = [i for i, s in enumerate(shape) if not known_equal(s, 1)]
+    return not real or (len(real) == 1 and known_equal(shape[real[0]], size) and real[0] - len(shape) == dim - 4)
+
+
+def _copied(node: Node, target: Node) -> _Write | None:
+    """`cache[:, :, a:b].copy_(new)` and `cache.narrow(2, a, n).copy_(new)`."""
+    new = argument(node, 1, "src")
+    source = view_input(target)
+    if source is None or not isinstance(new, Node) or rank(new) != rank(target):
+        return None
+    bounds = slice_bounds(target)
+    if bounds is None:
+        return None
+    dim, start, stop = bounds
+    return _Write(source, dim, _start(source, dim, start, stop, new), new, (target,))
