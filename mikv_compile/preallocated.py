@@ -256,7 +256,6 @@ _REFUSED = {
     "_typed_storage": "there is no dense memory behind it",
     "__dlpack__": "there is no dense memory to share",
     "share_memory_": "there is no dense memory to share",
-    "set_": "its memory cannot be replaced",
     "resize_": "its size is fixed",
     "resize_as_": "its size is fixed",
     "backward": "it has no gradients",
@@ -503,6 +502,10 @@ class PreallocatedKV(torch.Tensor):
             EvictedTokensError: if the plan has evicted tokens.
         """
         return padded(self)
+
+    def set_(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Refused; torch does not show this method to ``__torch_function__``."""
+        raise _refused("set_", "its memory cannot be replaced")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreallocatedKV:
         store = self.store

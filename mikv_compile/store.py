@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from mikv_compile.errors import EvictedTokensError, MikvError, UnusableCacheError
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, TierBuffers, buffer_shapes
-from mikv_compile.kernels.store_ops import compress, update
+from mikv_compile.kernels.store_ops import append, compress
 from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ class LayerStore:
         if not new:
             self.settle()
             return
-        fmt = replace(self.plan.format, watch=None)
+        fmt = self.plan.format
         orders = self.prepare(new, self.start - self.base, fresh=True)
         k, v = (x.detach().to(self.device, self.site.dtype) for x in (k, v))
         try:
@@ -161,7 +160,7 @@ class LayerStore:
                 # The keys stand in for the queries: the balancer becomes 1.
                 compress(k, k, v, scores, self.typed(), fmt, orders)
             else:
-                update(k, k, v, k.new_empty(0, dtype=torch.float32), None, 1.0, self.typed(), fmt, orders)
+                append(k, v, None, self.typed(), fmt, orders)
             self.commit(orders, new)
         except BaseException:
             if orders.victims:
