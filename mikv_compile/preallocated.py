@@ -460,6 +460,9 @@ _COPIES: dict[str, Callable[..., torch.Tensor | None]] = {
 }
 
 
+_eager_untraced = _compat.untraced(_eager)
+
+
 class PreallocatedKV(torch.Tensor):
     """A preallocated cache tensor that was taken over in place: same object, shape, strides, dtype, device; no memory.
 
@@ -474,11 +477,11 @@ class PreallocatedKV(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            # Dynamo traces this method: the graph gets the plain operation.
+        # Where Dynamo traces this method, the graph gets the plain operation.
+        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return _eager(func, args, kwargs)
+        return _eager_untraced(func, args, kwargs)
 
     @property
     def plan(self) -> LayerPlan:
@@ -530,10 +533,10 @@ class PreallocatedView(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return _eager(func, args, kwargs)
+        return _eager_untraced(func, args, kwargs)
 
     def _is_view(self) -> bool:
         """Never for a compiler: it would look for a base that holds the values."""
