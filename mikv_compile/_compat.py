@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from mikv_compile.errors import MikvError
 
@@ -133,3 +135,50 @@ def backend_name(wrapper: Any) -> str | None:
     while callback is not None and not hasattr(callback, "compiler_name"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     return getattr(callback, "compiler_name", None)
+
+
+def shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two plain tensors lie in the same memory."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def storage_is_shared(tensor: torch.Tensor) -> bool:
+    """True if another tensor lies in this one's memory, or the memory cannot be given back."""
+    storage = tensor.untyped_storage()
+    # One reference is the tensor's, one is that of the Python object `storage`.
+    return torch._C._storage_Use_Count(storage._cdata) > 2 or not storage.resizable()
+
+
+def parse_to(*args: Any, **kwargs: Any) -> Any:
+    """(device, dtype, non_blocking, memory_format) of the arguments of ``Tensor.to``."""
+    return torch._C._nn._parse_to(*args, **kwargs)
+
+
+def must_run_eagerly() -> bool:
+    """While Dynamo traces an operation on a tensor that has no memory: True if the graph must not get it.
+
+    That is so if a registered backend other than "mikv" would get the graph, and read the memory; a function that
+    somebody passes as a backend is trusted, as it may well hand the graph on to "mikv". And if Dynamo compiles
+    ``__torch_function__`` on its own, because the operation is called from eager code between two graphs.
+    """
+    import torch._dynamo
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    if "__torch_function__" in output.root_tx.f_code.co_name:
+        return True
+    callback: Any = output.compiler_fn
+    name = None
+    while callback is not None and name is None:
+        name = getattr(callback, "compiler_name", None)
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return name != "mikv" and name in torch._dynamo.list_backends(exclude_tags=())
+
+
+# Dynamo runs it while tracing, and takes the answer as a constant.
+must_run_eagerly._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def untraced(function: Any) -> Any:
+    """The function, at which Dynamo breaks the graph."""
+    return torch.compiler.disable(function)

@@ -11,40 +11,70 @@ import torch
 from mikv_compile import _compat
 from mikv_compile.errors import MikvError
 from mikv_compile.plan import LayerPlan
-from mikv_compile.store import LayerStore, Role
+from mikv_compile.preallocated import followed_range, padded, set_item, view_of, write_through
+from mikv_compile.store import LayerStore, Role, shape_in, to_layout
 
 log = logging.getLogger(__name__)
+Context = tuple[Role, LayerPlan, torch.dtype, str, bool]
+"""What a graph knows of a fake handle: role, plan, dtype, layout and whether it is preallocated."""
+
 aten = torch.ops.aten
 
 
 class KVTensor(torch.Tensor):
     """Handle of the keys or values of one layer.
 
-    Shape [B, H_kv, T, D], dtype and device are those of the dense tensor that it stands for, so a model's cache code
-    runs unchanged. Reordering, selecting and repeating along the batch, cropping from the end, copying and moving to
-    another device work on the compressed data. Any other operation sees the dequantized values, and is counted
-    (``store.fallbacks``); writing into a handle raises.
+    Shape, dtype and device are those of the dense tensor that it stands for, so a model's cache code runs unchanged.
+    ``kv_layout`` names its dimensions: a permutation of "BHTD", or of "BTD" for a store with one head.
+
+    A handle shows a range of tokens, which stays the same. Reordering, selecting and repeating along the batch, slicing
+    a range of tokens, copying and moving to another device work on the compressed data. Any other operation sees the
+    dequantized values, and is counted (``store.fallbacks``); writing into such a handle raises.
+
+    With a ``capacity``, it stands for a preallocated cache instead: its token dimension has this size, it shows what
+    its store holds at the time, with zeros behind, and it can be written to; see :mod:`mikv_compile.preallocated`.
     """
 
     store: LayerStore | None
     """The layer's store; None while a compiler looks at a fake handle."""
     role: Role
+    kv_layout: str
+    is_preallocated: bool
+    """True if its size is fixed; also known of a fake handle."""
     _plan: LayerPlan
+    _range: tuple[int, int] | None
     anchor: torch.Tensor
 
     __torch_function__ = _compat.no_torch_function  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, store: LayerStore, role: Role, length: int | None = None) -> KVTensor:
-        """Handle of the first ``length`` tokens of a store (all of them by default)."""
-        site = store.site
-        dim = site.key_dim if role == "key" else site.value_dim
-        shape = (site.batch, site.kv_heads, store.length if length is None else length, dim)
-        self = _compat.make_wrapper(cls, shape, site.dtype, store.device)
+    def __new__(
+        cls,
+        store: LayerStore,
+        role: Role,
+        layout: str = "BHTD",
+        start: int | None = None,
+        stop: int | None = None,
+        capacity: int | None = None,
+    ) -> KVTensor:
+        """Handle of the tokens at absolute positions [start, stop) of a store (all that are to be seen by default).
+
+        Raises:
+            MikvError: for a layout that the store cannot have, or a range that it does not hold.
+        """
+        start = store.start if start is None else start
+        stop = store.end if stop is None else stop
+        if capacity is None and not store.base <= start <= stop <= store.end:
+            raise MikvError(f"positions {start} to {stop} are not in a store of {store.base} to {store.end}")
+        shape = shape_in(store, role, layout, stop - start if capacity is None else capacity)
+        self = _compat.make_wrapper(cls, shape, store.site.dtype, store.device)
         self.store, self.role, self.anchor, self._plan = store, role, store.anchor, store.plan
+        self.kv_layout, self.is_preallocated = layout, capacity is not None
+        self._range = None if capacity is not None else (start, stop)
         store.register(self)
-        # The length changes in every step: without this, the second step compiles once more.
-        _compat.mark_dynamic(self, 2)
+        if capacity is None:
+            # The length changes in every step: without this, the second step compiles once more.
+            _compat.mark_dynamic(self, layout.index("T"))
         return self
 
     @property
@@ -52,28 +82,61 @@ class KVTensor(torch.Tensor):
         """The layer's plan; also known of a fake handle."""
         return self._plan
 
+    @property
+    def capacity(self) -> int | None:
+        """Size of the token dimension of a preallocated cache, else None; also known of a fake handle."""
+        return self.shape[self.kv_layout.index("T")] if self.is_preallocated else None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Absolute positions (start, stop) of the tokens that it shows. A preallocated one follows its store."""
+        if self._range is not None:
+            return self._range
+        assert self.capacity is not None
+        return followed_range(self._real_store("the range"), self.role, self.capacity)
+
     def dequantize(self) -> torch.Tensor:  # type: ignore[override]
-        """The dense tensor: [B, H_kv, T, D] in the model's dtype."""
-        return self._real_store("dequantize").dequantize(self.role, self.shape[2])
+        """The dense tensor, in this handle's layout and the model's dtype.
+
+        Raises:
+            EvictedTokensError: if the plan has evicted tokens.
+        """
+        store = self._real_store("dequantize")
+        if self.is_preallocated:
+            return padded(self)
+        return to_layout(store.dequantize(self.role, *self.range), self.kv_layout)
 
     def _is_view(self) -> bool:
         """Never: autograd marks what slicing returns as a view, but a handle has no storage to be a view of."""
         return False
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise _refused("assignment to a slice")
+        if not self.is_preallocated:
+            raise refused("assignment to a slice")
+        if self.store is None:
+            super().__setitem__(index, value)
+        else:
+            set_item(self, index, value)
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """Repeat batch rows on the compressed data; torch would split the operation into views and a copy."""
-        if self.store is not None and isinstance(repeats, int) and dim in (0, -4):
+        if self.store is not None and isinstance(repeats, int) and dim is not None and self._is_batch(dim):
             store = self.store
 
             def make() -> LayerStore:
                 rows = store.site.batch * repeats
                 return store.map(lambda b: b.repeat_interleave(repeats, dim=0), rows, store.device)
 
-            return _rebound(self, store.derive(("repeat", repeats), self.role, make))
+            return self._rebound(store.derive(("repeat", repeats), self.role, make))
         return super().repeat_interleave(repeats, dim=dim, **kwargs)
+
+    def _is_batch(self, dim: int) -> bool:
+        return dim % self.dim() == self.kv_layout.index("B")
+
+    def _rebound(self, store: LayerStore) -> KVTensor:
+        """The same part of another store."""
+        start, stop = self._range or (None, None)
+        return KVTensor(store, self.role, self.kv_layout, start, stop, self.capacity)
 
     def _real_store(self, operation: str) -> LayerStore:
         if self.store is None:
@@ -84,20 +147,21 @@ class KVTensor(torch.Tensor):
         if self.store is None:
             return f"KVTensor({self.role}, {tuple(self.shape)}, fake)"
         return (
-            f"KVTensor({self.role}, {tuple(self.shape)}, {self.dtype}, tiers={self.plan.format}, "
+            f"KVTensor({self.role}, {self.kv_layout} {tuple(self.shape)}, {self.dtype}, tiers={self.plan.format}, "
             f"nbytes={self.store.nbytes} of key and value)"
         )
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Role, LayerPlan, torch.dtype]]:
-        return ["anchor"], (self.role, self.plan, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], Context]:
+        return ["anchor"], (self.role, self.plan, self.dtype, self.kv_layout, self.is_preallocated)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor], context: tuple[Role, LayerPlan, torch.dtype], outer_size: Any, outer_stride: Any
+        inner: dict[str, torch.Tensor], context: Context, outer_size: Any, outer_stride: Any
     ) -> KVTensor:
-        role, plan, dtype = context
+        role, plan, dtype, layout, is_preallocated = context
         self = _compat.make_wrapper(KVTensor, outer_size, dtype, inner["anchor"].device, outer_stride)
         self.store, self.role, self.anchor, self._plan = None, role, inner["anchor"], plan
+        self.kv_layout, self.is_preallocated, self._range = layout, is_preallocated, None
         return self
 
     @classmethod
@@ -111,12 +175,19 @@ class KVTensor(torch.Tensor):
             result = None if done is None else done(first, *args[1:], **kwargs)
             if result is not None:
                 return result
-        _refuse_writes(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        if any(not handle.is_preallocated for handle in written):
+            raise refused(str(func))
+        if written:
+            return write_through(func, args, kwargs, written)
         if first is not None and first.store is not None and func.is_view:
-            # A view of dequantized values: writing into it would be lost as well.
-            return func(_dequantized(first, func), *args[1:], **kwargs).as_subclass(DequantizedView)
+            if first.is_preallocated:
+                return view_of(first, func, args, kwargs)
+            # Views of dequantized values: writing into them would be lost as well.
+            views = func(dequantized(first, func), *args[1:], **kwargs)
+            return _compat.tree_map_only(torch.Tensor, lambda view: view.as_subclass(DequantizedView), views)
 
-        args, kwargs = _compat.tree_map_only(KVTensor, lambda handle: _dequantized(handle, func), (args, kwargs))
+        args, kwargs = _compat.tree_map_only(KVTensor, lambda handle: dequantized(handle, func), (args, kwargs))
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVTensor:
@@ -124,12 +195,12 @@ class KVTensor(torch.Tensor):
         if id(store) not in memo:
             memo[id(store)] = store.copy()
             memo[id(memo[id(store)])] = memo[id(store)]
-        made = KVTensor(memo[id(store)], self.role, self.shape[2])
+        made = self._rebound(memo[id(store)])
         memo[id(self)] = made
         return made
 
     def __copy__(self) -> KVTensor:
-        return KVTensor(self._real_store("copy"), self.role, self.shape[2])
+        return self._rebound(self._real_store("copy"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise MikvError("a compressed KV cache cannot be pickled; save what handle.dequantize() returns")
@@ -148,7 +219,7 @@ class DequantizedView(torch.Tensor):
         if args and isinstance(args[0], DequantizedView):
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or name == "__setitem__" or name in _IN_PLACE_OPERATORS:
-                raise _refused(name)
+                raise refused(name)
         with _compat.plain_functions():
             result = func(*args, **(kwargs or {}))
 
@@ -161,7 +232,8 @@ class DequantizedView(torch.Tensor):
 _IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
 
 
-def _dequantized(handle: KVTensor, func: Any) -> torch.Tensor:
+def dequantized(handle: KVTensor, func: Any) -> torch.Tensor:
+    """The dense values for ``func``, which is counted; of a fake handle, a fake tensor."""
     if handle.store is None:
         return _compat.fake_dense(handle)
     handle.store.count_fallback(str(func))
@@ -169,47 +241,45 @@ def _dequantized(handle: KVTensor, func: Any) -> torch.Tensor:
     return handle.dequantize()
 
 
-def _refused(operation: str) -> MikvError:
+def refused(operation: str) -> MikvError:
+    """The error for a write that would be lost."""
     return MikvError(
         f"{operation} writes into a compressed KV cache outside a compiled call. Write before the cache is compressed, "
         "or replace the layer's tensors by handle.dequantize() first"
     )
 
 
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """A write into dequantized values would be lost."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, KVTensor):
-            raise _refused(str(func))
-    if isinstance(kwargs.get("out"), KVTensor):
-        raise _refused(str(func))
-
-
-def _rebound(handle: KVTensor, store: LayerStore) -> KVTensor:
-    return KVTensor(store, handle.role, handle.shape[2])
+def _written(func: Any, args: Any, kwargs: Any) -> list[KVTensor]:
+    """The handles that an operation writes into."""
+    found: list[KVTensor] = []
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            _compat.tree_map_only(KVTensor, found.append, given.get(argument.name))
+    return found
 
 
 def _same(handle: KVTensor, *_: Any, **__: Any) -> KVTensor:
-    return KVTensor(handle._real_store("alias"), handle.role, handle.shape[2])
+    return handle._rebound(handle._real_store("alias"))
 
 
 def _clone(handle: KVTensor, **_: Any) -> KVTensor:
     store = handle._real_store("clone")
-    return _rebound(handle, store.derive("clone", handle.role, store.copy))
+    return handle._rebound(store.derive("clone", handle.role, store.copy))
 
 
 def _index_select(handle: KVTensor, dim: int, index: torch.Tensor) -> KVTensor | None:
     """Beam search: reorder and select along the batch."""
-    if dim not in (0, -4):
+    if not handle._is_batch(dim):
         return None
     store = handle._real_store("index_select")
-    rows = index.to(store.device)
+    rows = index.to(store.device).reshape(-1)
     rows = torch.where(rows < 0, rows + store.site.batch, rows)
 
     def make() -> LayerStore:
         return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-    return _rebound(handle, store.derive(_identity(index), handle.role, make))
+    return handle._rebound(store.derive(_identity(index), handle.role, make))
 
 
 def _identity(index: torch.Tensor) -> object:
@@ -238,47 +308,59 @@ class _Held:
 
 
 def _index(handle: KVTensor, indices: list[torch.Tensor | None]) -> KVTensor | None:
-    first, *rest = indices
-    if any(i is not None for i in rest) or first is None or first.dim() != 1:
+    given = [dim for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or not handle._is_batch(given[0]):
         return None
-    return _index_select(handle, 0, first.nonzero()[:, 0] if first.dtype == torch.bool else first)
+    rows = indices[given[0]]
+    assert rows is not None
+    if rows.dim() != 1:
+        return None
+    return _index_select(handle, given[0], rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
 
 def _slice(
     handle: KVTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> KVTensor | None:
-    """Crop from the end, or a range of batch rows."""
+) -> torch.Tensor | None:
+    """A range of tokens, or of batch rows."""
     size = handle.shape[dim]
     start, end, _ = slice(start, end, step).indices(size)
+    if handle.is_preallocated:
+        return None  # a view of it has to follow what is written later
     if start == 0 and end == size and step == 1:
         return _same(handle)
     store = handle._real_store("slice")
-    if dim in (2, -2) and start == 0 and step == 1 and end > 0:
-        return KVTensor(store, handle.role, end)
-    if dim in (0, -4):
+    if dim % handle.dim() == handle.kv_layout.index("T") and step == 1:
+        if start >= end:
+            shape = shape_in(store, handle.role, handle.kv_layout, 0)
+            return torch.empty(shape, dtype=handle.dtype, device=store.device)
+        first = handle.range[0]
+        return KVTensor(store, handle.role, handle.kv_layout, first + start, first + end)
+    if handle._is_batch(dim):
         rows = torch.arange(start, end, step, device=store.device)
 
         def make() -> LayerStore:
             return store.map(lambda b: b.index_select(0, rows), rows.shape[0], store.device)
 
-        return _rebound(handle, store.derive(("rows", start, end, step), handle.role, make))
+        return handle._rebound(store.derive(("rows", start, end, step), handle.role, make))
     return None
 
 
-def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: Any) -> KVTensor | None:
+def _to_copy(handle: KVTensor, *, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor | None:
     """Move to another device; a change of dtype needs the dense values."""
-    if dtype not in (None, handle.dtype):
-        return None
     store = handle._real_store("to")
     target = torch.device(device) if device is not None else store.device
+    if target.type == "meta":
+        return torch.empty(handle.shape, dtype=dtype or handle.dtype, device=target)  # nothing there can be read
+    if dtype not in (None, handle.dtype):
+        return None
 
     def make() -> LayerStore:
         return store.map(lambda b: b.to(target, copy=True), store.site.batch, target)
 
-    return _rebound(handle, store.derive(("to", target), handle.role, make))
+    return handle._rebound(store.derive(("to", target), handle.role, make))
 
 
-_HANDLED: dict[Any, Callable[..., KVTensor | None]] = {
+_HANDLED: dict[Any, Callable[..., torch.Tensor | None]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _clone,

@@ -145,6 +145,17 @@ class LayerPlan:
         """True when tokens beyond all shares are dropped."""
         return self.tiers[-1].share is not None and self.tiers[-1].share != 1.0
 
+    @property
+    def is_fifo(self) -> bool:
+        """True when tier 0 holds the newest tokens and the last tier the oldest, the same ones in every (row, head).
+
+        Only such a store can drop tokens from its front. It needs at most two tiers: a middle tier that is full stays
+        as it is, and newer tokens pass it by.
+        """
+        if self.evicts or len(self.tiers) > 2:
+            return False
+        return len(self.tiers) == 1 or (self.policy == "recent" and self.sinks == 0 and self.format.watch is None)
+
     def high_target(self, length: int) -> int:
         """Tokens that tier 0 should hold at a sequence length: its share, the window and the sinks."""
         if len(self.tiers) == 1 and not self.evicts:
@@ -220,8 +231,14 @@ class Planner:
         for tiers in (parse_tiers(self.options.resolved("tiers", "fp")), *_parse_layers(self.options.layers).values()):
             _make(self.options, tiers, 64, 64)
 
-    def layer(self, index: int, site: CacheShape) -> LayerPlan:
+    def layer(self, index: int, site: CacheShape, sliding: bool = False) -> LayerPlan:
         """The plan of layer ``index`` (in graph order).
+
+        Args:
+            index, site: which layer, and its sizes.
+            sliding: the layer drops its oldest tokens. It then keeps them first in, first out
+                (:attr:`LayerPlan.is_fifo`): the first and the last tier of the plan, policy ``recent``, no sinks, and
+                nothing is evicted, as the window bounds the cache anyway.
 
         Raises:
             ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
@@ -231,9 +248,13 @@ class Planner:
         if tiers is None and budget is not None:
             choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction
             tiers = choose(self.options, site)
-        return _make(
-            self.options, tiers or parse_tiers(self.options.resolved("tiers", "fp")), site.key_dim, site.value_dim
-        )
+        options = self.options
+        tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
+        if sliding:
+            tiers = (*tiers[:1], *tiers[1:][-1:])
+            tiers = (*tiers[:-1], replace(tiers[-1], share=None))
+            options = options.replace(policy="recent", sinks=0)
+        return _make(options, tiers, site.key_dim, site.value_dim)
 
 
 @dataclass(frozen=True)

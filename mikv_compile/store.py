@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from mikv_compile.errors import EvictedTokensError, UnusableCacheError
+from mikv_compile.errors import EvictedTokensError, MikvError, UnusableCacheError
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, TierBuffers, buffer_shapes
+from mikv_compile.kernels.store_ops import append, compress
 from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 
 if TYPE_CHECKING:
     from mikv_compile.handle import KVTensor
+    from mikv_compile.preallocated import PreallocatedKV
 
 Role = Literal["key", "value"]
+
+INTERRUPTED = (
+    "an error interrupted the step that was moving this cache's tokens between tiers, so it may hold half of a step; "
+    "start again from the prompt"
+)
 
 
 class LayerStore:
@@ -26,6 +33,9 @@ class LayerStore:
         plan: what is kept; see :class:`~mikv_compile.plan.LayerPlan`.
         site: B, H_kv, head dimensions and dtype of the dense cache that this stands for.
         buffers: flat list as in :func:`~mikv_compile.kernels.formats.buffer_names`.
+        base: absolute position of the first token that is physically kept. The buffers' positions, ``length`` and
+            ``counts`` are relative to it; handles and the methods that take positions use absolute ones.
+        start: absolute position of the first token that is still meant to be seen; ``base <= start``.
         length: tokens seen. counts: slots in use per tier; ``length - sum(counts)`` tokens were evicted.
         recompressed: times that cropping had to read and compress the tokens again.
         fallbacks: times that something read the dense cache, by operation.
@@ -33,15 +43,18 @@ class LayerStore:
 
     def __init__(self, plan: LayerPlan, site: CacheShape, device: torch.device, counts: tuple[int, ...] | None = None):
         self.plan, self.site, self.device = plan, site, device
+        self.base = self.start = 0
         self.length = 0
         self.counts = (0,) * len(plan.tiers)
         self.fallbacks: dict[str, int] = {}
         self.recompressed = 0
         self.untouched = False
+        self.changes = 0
         self._spoiled: str | None = None
-        self._handles: dict[int, weakref.ref[KVTensor]] = {}
+        self._handles: dict[int, weakref.ref[KVTensor | PreallocatedKV]] = {}
         self._derived: tuple[object, Role, weakref.ref[LayerStore]] | None = None
         self._exact_from = 0
+        self._pending: dict[Role, tuple[int, torch.Tensor]] = {}
         self.capacities = plan.capacities(counts or self.counts)
         self.buffers = self._allocate(self.capacities)
         # Dynamo needs one real tensor to look at; a handle shows this one instead of all buffers, so that guards stay
@@ -57,11 +70,22 @@ class LayerStore:
 
     # Growing and appending -------------------------------------------------------------------------------------------
 
-    def prepare(self, new: int) -> Orders:
-        """Decide what appending ``new`` tokens does and make room for it. Changes no token, so it may fail safely."""
+    def prepare(self, new: int, first: int = 0, fresh: bool = False) -> Orders:
+        """Decide what appending ``new`` tokens does and make room for it. Changes no token, so it may fail safely.
+
+        Args:
+            new: the call's own tokens.
+            first: position, relative to ``base``, of the first token that the call sees.
+            fresh: if the store is empty, fill it as a prompt does instead of passing all tokens through tier 0.
+        """
         self.check_usable()
+        self.settle()
         self.untouched = False
-        orders = self.plan.step(self.length, self.counts, new)
+        if fresh and not self.length:
+            orders = self.plan.fill(new)._replace(first=first, fresh=True)
+            self._grow(orders.counts)
+            return orders
+        orders = self.plan.step(self.length, self.counts, new)._replace(first=first)
         moved = zip(self.counts[1:], orders.moves, strict=True)
         self._grow((self.counts[0] + new, *(count + move for count, move in moved)))
         return orders
@@ -84,6 +108,10 @@ class LayerStore:
 
     def commit(self, orders: Orders, new: int) -> None:
         """The ops of a call have run: take over the fill that ``orders`` said."""
+        if orders.fresh:
+            self.filled(orders, new)
+            return
+        self.changes += 1
         first, *lower = orders.counts
         if orders.victims:
             # A victim can be any unprotected token, so only tokens that were protected are surely still in tier 0.
@@ -95,7 +123,9 @@ class LayerStore:
         self._trim()
 
     def filled(self, orders: Orders, length: int) -> None:
-        """A prompt of ``length`` tokens has been compressed into this new store as ``orders`` said."""
+        """A prompt of ``length`` tokens has been compressed into this empty store as ``orders`` said."""
+        self.changes += 1
+        self._derived = None
         self.counts, self.length = orders.counts, length
         self._exact_from = orders.recent_from if sum(orders.counts[1:]) or self.evicted else 0
 
@@ -110,16 +140,146 @@ class LayerStore:
                     self.buffers[i] = self.buffers[i][:, :, :wanted].clone()
         self.capacities = (wanted, *self.capacities[1:])
 
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append tokens outside of a compiled call: k [B, H_kv, T, D_k], v [B, H_kv, T, D_v].
+
+        There are no queries, so nothing is scored: the tokens count as new ones that nobody has attended to. The caller
+        has made sure that no living handle of another branch is in the way (:meth:`continued_from`,
+        :meth:`for_writing`).
+        """
+        new = k.shape[2]
+        if not new:
+            self.settle()
+            return
+        fmt = self.plan.format
+        orders = self.prepare(new, self.start - self.base, fresh=True)
+        k, v = (x.detach().to(self.device, self.site.dtype) for x in (k, v))
+        try:
+            if orders.fresh:
+                scores = torch.zeros(k.shape[:3], device=self.device)
+                # The keys stand in for the queries: the balancer becomes 1.
+                compress(k, k, v, scores, self.typed(), fmt, orders)
+            else:
+                append(k, v, None, self.typed(), fmt, orders)
+            self.commit(orders, new)
+        except BaseException:
+            if orders.victims:
+                self.spoil(INTERRUPTED)
+            raise
+
+    def write(self, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Make k and v [B, H_kv, T, D] the tokens from an absolute ``position`` on, and the last ones.
+
+        Tokens at later positions are dropped first (rewinding); a gap before ``position`` is filled with zeros, which
+        is what an untouched part of a preallocated cache holds.
+
+        Raises:
+            MikvError: if tokens before ``position`` that are still to be seen have been dropped from the front.
+        """
+        self.check_usable()
+        self.settle()
+        if position < self.base:
+            raise MikvError(
+                f"tokens from position {position} on are written, but those before {self.base} have left the window; "
+                "reset the cache first"
+            )
+        self.crop(position - self.base)
+        gap = position - self.end
+        if gap > 0:
+            k, v = (torch.cat([x.new_zeros(*x.shape[:2], gap, x.shape[3]), x], 2) for x in (k, v))
+        self.append(k, v)
+
+    def clear(self) -> None:
+        """Drop all tokens and give their memory back; also makes an unusable store usable again."""
+        self._spoiled, self._derived, self._pending, self.untouched = None, None, {}, False
+        self.base = self.start = self.length = self._exact_from = 0
+        self.counts = (0,) * len(self.counts)
+        self.capacities = self.plan.capacities(self.counts)
+        self.buffers = self._allocate(self.capacities)
+        self.changes += 1
+
+    # Halves of a write ------------------------------------------------------------------------------------------------
+
+    def end_of(self, role: Role) -> int:
+        """Absolute position behind the last token of the keys or of the values; they differ between two writes."""
+        if role not in self._pending:
+            return self.end
+        position, tokens = self._pending[role]
+        return position + tokens.shape[2]
+
+    def stage(self, role: Role, position: int, tokens: torch.Tensor) -> None:
+        """Make ``tokens`` [B, H_kv, T, D] the keys, or the values, from an absolute ``position`` on, and the last ones.
+
+        Eager code writes a layer's keys and then its values. The first half waits here, dense, and readers of its role
+        see it; as soon as keys and values end at the same position again, both are compressed.
+        """
+        self.check_usable()
+        if position < self.start:
+            raise MikvError(f"position {position} is written, but tokens before {self.start} have left the window")
+        with torch.inference_mode(False):
+            tokens = torch.empty(tokens.shape, dtype=self.site.dtype, device=self.device).copy_(tokens.detach())
+        before, waiting = self._pending.get(role, (self.end, tokens[:, :, :0]))
+        if position >= before:
+            gap = tokens.new_zeros(*tokens.shape[:2], max(position - before - waiting.shape[2], 0), tokens.shape[3])
+            tokens = torch.cat([waiting[:, :, : position - before], gap, tokens], 2)
+            position = before
+        self._pending[role] = (position, tokens)
+        self._derived, self.untouched = None, False
+        self.changes += 1
+        if len(self._pending) == 2 and self.end_of("key") == self.end_of("value"):
+            self.settle()
+
+    def settle(self) -> None:
+        """Compress what waits.
+
+        Raises:
+            MikvError: if the other half of a write is still missing.
+        """
+        if not self._pending:
+            return
+        ends = self.end_of("key"), self.end_of("value")
+        if ends[0] != ends[1]:
+            raise MikvError(
+                f"a layer's keys were written up to position {ends[0]} and its values up to {ends[1]}; write both "
+                "before anything else uses the cache"
+            )
+        waiting = self._pending
+        position = min(at for at, _ in waiting.values())
+        if [at for at, _ in waiting.values()] == [position] * 2:
+            k, v = waiting["key"][1], waiting["value"][1]
+        else:
+            k, v = self.dequantize("key", position), self.dequantize("value", position)
+            self.count_fallback("write to keys or values alone")
+        self._pending = {}
+        if position <= self.start and not k.shape[2]:
+            self.clear()
+            return
+        try:
+            self.write(position, k, v)
+        except BaseException:
+            self._pending = waiting
+            raise
+
     # State -----------------------------------------------------------------------------------------------------------
 
     def spoil(self, why: str) -> None:
         """Mark the store unusable: it may hold half of a step."""
         self._spoiled = why
 
+    @property
+    def is_spoiled(self) -> bool:
+        """True when a call was interrupted while it wrote."""
+        return self._spoiled is not None
+
     def check_usable(self) -> None:
         """Raise UnusableCacheError if a call was interrupted while it wrote."""
         if self._spoiled:
             raise UnusableCacheError(self._spoiled)
+
+    @property
+    def end(self) -> int:
+        """Absolute position behind the last token."""
+        return self.base + self.length
 
     @property
     def evicted(self) -> int:
@@ -128,8 +288,9 @@ class LayerStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every buffer: codes, scales, zeros, positions, scores, balancer, spare capacity."""
-        return sum(b.untyped_storage().nbytes() for b in self.buffers)
+        """Bytes of every buffer: codes, scales, zeros, positions, scores, balancer, spare capacity, waiting writes."""
+        waiting = [tokens for _, tokens in self._pending.values()]
+        return sum(b.untyped_storage().nbytes() for b in (*self.buffers, *waiting))
 
     @property
     def coded_nbytes(self) -> int:
@@ -150,7 +311,7 @@ class LayerStore:
 
     # Handles ---------------------------------------------------------------------------------------------------------
 
-    def register(self, handle: KVTensor) -> None:
+    def register(self, handle: KVTensor | PreallocatedKV) -> None:
         """Remember a living handle, to tell branches of a cache from its one continuation."""
         key, handles = id(handle), self._handles
 
@@ -159,31 +320,72 @@ class LayerStore:
 
         handles[key] = weakref.ref(handle, forget)
 
-    def continued_from(self, handles: tuple[KVTensor, ...]) -> LayerStore:
+    def _others(self, mine: Collection[int] = ()) -> list[KVTensor | PreallocatedKV]:
+        """Living handles that show a fixed range of tokens, except those with these ids."""
+        alive = [(key, reference()) for key, reference in list(self._handles.items())]
+        return [h for key, h in alive if h is not None and key not in mine and not h.is_preallocated]
+
+    def continued_from(self, handles: tuple[KVTensor | PreallocatedKV, ...]) -> LayerStore:
         """The store that a call may append to, given the handles that it was called with.
 
-        This store itself, cropped to the handles' length, unless a living handle sees tokens beyond that length: those
-        belong to another branch of the cache, and the call gets a cropped copy.
+        This store itself, cropped to where the handles end, unless a living handle sees tokens beyond: those belong to
+        another branch of the cache, and the call gets a cropped copy. Preallocated handles move on to the copy.
+        The call sees positions from ``handles[0].range[0]`` on; give that less ``base`` to :meth:`prepare`.
         """
         self.check_usable()
-        length = handles[0].shape[2]
-        mine = {id(h) for h in handles}
-        for key, reference in list(self._handles.items()):
-            other = reference()
-            if key not in mine and other is not None and other.shape[2] > length:
-                return self.copy().crop(length)
-        return self.crop(length)
+        self.settle()
+        stop = handles[0].range[1]
+        if any(other.range[1] > stop for other in self._others({id(h) for h in handles})):
+            return self._moved_on().crop(stop - self.base)
+        return self.crop(stop - self.base)
+
+    def for_writing(self, position: int) -> LayerStore:
+        """The store in which tokens from an absolute ``position`` on may be replaced.
+
+        This store itself, unless a living handle of another branch still shows such tokens; then a copy, to which
+        preallocated handles move on.
+        """
+        return self._moved_on() if any(other.range[1] > position for other in self._others()) else self
+
+    def _moved_on(self) -> LayerStore:
+        """A copy that this store's preallocated handles follow from now on."""
+        made = self.copy()
+        for reference in list(self._handles.values()):
+            handle = reference()
+            if handle is not None and handle.is_preallocated:
+                self._handles.pop(id(handle), None)
+                handle.store = made
+                made.register(handle)
+        return made
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def dequantize(self, role: Role, length: int | None = None) -> torch.Tensor:
-        """The dense keys or values, [B, H_kv, length, D] in the model's dtype, in token order.
+    def dequantize(self, role: Role, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """The dense keys or values at absolute positions [start, stop), in token order.
+
+        Args:
+            role: keys or values.
+            start, stop: by default all tokens that are meant to be seen.
+
+        Returns:
+            [B, H_kv, stop - start, D] in the model's dtype.
 
         Raises:
             EvictedTokensError: if tokens were evicted.
         """
         self.check_usable()
-        length = self.length if length is None else length
+        start = self.start if start is None else start
+        stop = self.end_of(role) if stop is None else stop
+        compressed = self.end
+        parts = []
+        if role in self._pending:
+            compressed, waiting = self._pending[role]
+            parts = [waiting[:, :, max(start - compressed, 0) : max(stop - compressed, 0)]]
+        if start < min(stop, compressed) or not parts:
+            parts.insert(0, self._read_all(role)[:, :, start - self.base : min(stop, compressed) - self.base])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _read_all(self, role: Role) -> torch.Tensor:
         if self.evicted:
             raise EvictedTokensError(
                 f"{self.evicted} of {self.length} tokens were evicted by the plan, so there is no dense cache to read. "
@@ -197,7 +399,7 @@ class LayerStore:
             k, v, positions = self._read_tier(i)
             part = (k if role == "key" else v).to(s.dtype)
             dense.scatter_(2, positions[..., None].expand_as(part), part)
-        return dense[:, :, :length]
+        return dense
 
     def _read_tier(self, i: int, index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         stored, fmt, s = self.typed(), self.plan.format, self.site
@@ -230,7 +432,9 @@ class LayerStore:
         s = self.site
         site = CacheShape(batch, s.kv_heads, s.key_dim, s.value_dim, s.dtype, s.layers)
         with torch.inference_mode(False):
-            return self._like([function(b) for b in self.buffers], site, device)
+            made = self._like([function(b) for b in self.buffers], site, device)
+            made._pending = {role: (at, function(tokens)) for role, (at, tokens) in self._pending.items()}
+            return made
 
     def derive(self, key: object, role: Role, make: Callable[[], LayerStore]) -> LayerStore:
         """``make()``, or what it made for the layer's other handle.
@@ -256,7 +460,10 @@ class LayerStore:
 
     def joined(self, values: LayerStore) -> LayerStore | None:
         """A copy with the values of another store, or None if its tokens do not lie in the same slots."""
-        if (self.plan, self.site, self.counts, self.length) != (values.plan, values.site, values.counts, values.length):
+        self.settle()
+        values.settle()
+        same = ("plan", "site", "counts", "length", "base")
+        if any(getattr(self, name) != getattr(values, name) for name in same):
             return None
         mine, theirs, tiers = self.typed(), values.typed(), []
         for a, b, count in zip(mine.tiers, theirs.tiers, self.counts, strict=True):
@@ -271,10 +478,13 @@ class LayerStore:
     # Cropping --------------------------------------------------------------------------------------------------------
 
     def crop(self, length: int) -> LayerStore:
-        """Drop tokens at positions >= ``length`` from the end, in place; returns self."""
+        """Drop tokens at positions >= ``length``, relative to ``base``, from the end, in place; returns self."""
+        self.settle()
         if length >= self.length:
             return self
         self.untouched = False
+        self.changes += 1
+        self.start = min(self.start, self.base + length)
         if length >= self._exact_from and length >= self.length - self.counts[0]:
             self._crop_tier0(length)
         else:
@@ -285,15 +495,76 @@ class LayerStore:
     def _crop_tier0(self, length: int) -> None:
         """All tokens to drop are in tier 0 of every (row, head), so the counts stay rectangular."""
         kept = self.counts[0] - (self.length - length)
-        order = (self.typed().tiers[0].positions[:, :, : self.counts[0]] >= length).to(torch.uint8)
-        index = order.argsort(dim=2, stable=True)[:, :, :kept]
+        self._keep_in_tier0(self.typed().tiers[0].positions[:, :, : self.counts[0]] < length, kept)
+        self.length = length
+
+    def _keep_in_tier0(self, keep: torch.Tensor, kept: int) -> None:
+        """Close tier 0 up over the ``kept`` slots per (row, head) where ``keep`` [B, H_kv, counts[0]] is true."""
+        index = (~keep).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :kept]
         for i in (*range(BUFFERS_PER_TIER), len(self.buffers) - 2):
             buffer = self.buffers[i]
             if buffer.numel():
                 wide = index if buffer.dim() == 3 else index[..., None].expand(-1, -1, -1, buffer.shape[3])
                 self.buffers[i][:, :, :kept] = buffer.gather(2, wide)
         self.counts = (kept, *self.counts[1:])
-        self.length = length
+
+    def drop_before(self, position: int) -> int:
+        """Forget tokens before an absolute ``position``: those of a sliding window's front.
+
+        Memory is given back once at least ``max(block, 64)`` tokens can go, and whole blocks go at a time. Tokens that
+        a living handle still shows stay. Only for plans with :attr:`~mikv_compile.plan.LayerPlan.is_fifo`.
+
+        Returns:
+            How many tokens were physically dropped; ``base`` has grown by it.
+        """
+        if not self.plan.is_fifo:
+            raise MikvError("only a plan that keeps tokens first in, first out can drop them from the front")
+        self.check_usable()
+        if self._pending:
+            return 0
+        self.start = max(self.start, min(position, self.end))
+        free = min([self.start, *(other.range[0] for other in self._others())]) - self.base
+        lower = self.plan.format.tiers[1:]
+        shift = 0
+        if lower:
+            shift = min(free, self.counts[1]) // lower[0].block * lower[0].block
+            free = shift if shift < self.counts[1] else free
+        if free < max(64, *(t.block for t in self.plan.format.tiers)):
+            return 0
+        self.untouched, self._derived = False, None
+        if lower:
+            self._shift_tier1(shift)
+        high = free - shift
+        if high:
+            positions = self.typed().tiers[0].positions[:, :, : self.counts[0]]
+            self._keep_in_tier0(positions >= free, self.counts[0] - high)
+        for tier, count in zip(self.typed().tiers, self.counts, strict=True):
+            tier.positions[:, :, :count] -= free
+        self.base += free
+        self.length -= free
+        self._exact_from = max(self._exact_from - free, 0)
+        self._trim()
+        self.changes += 1
+        return free
+
+    def _shift_tier1(self, shift: int) -> None:
+        """Move the tokens of tier 1 behind its ``shift`` oldest to the front; give back what is more than a bit."""
+        kept = self.counts[1] - shift
+        wanted = self.plan.capacities((self.counts[0], kept), (self.capacities[0], 0))[1]
+        shrinks = self.capacities[1] > wanted + max(wanted // 4, 2 * self.plan.flush_every)
+        for i in range(BUFFERS_PER_TIER, 2 * BUFFERS_PER_TIER):
+            buffer = self.buffers[i]
+            if not buffer.numel():
+                continue
+            per_slot = self.capacities[1] // buffer.shape[2]
+            rest = buffer[:, :, shift // per_slot : self.counts[1] // per_slot]
+            with torch.inference_mode(False):
+                if shrinks:
+                    self.buffers[i] = buffer.new_zeros(*buffer.shape[:2], wanted // per_slot, *buffer.shape[3:])
+                self.buffers[i][:, :, : kept // per_slot] = rest.clone()
+        self.counts = (self.counts[0], kept)
+        if shrinks:
+            self.capacities = (self.capacities[0], wanted)
 
     def _rebuild(self, length: int) -> None:
         """Crop into tokens that tiers hold unevenly: read what is left and compress it again.
@@ -349,3 +620,34 @@ class LayerStore:
         self.counts, self.length = orders.counts, length
         # A head that had lost some of the newest tokens has older ones in their place.
         self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
+
+
+def shape_in(store: LayerStore, role: Role, layout: str, tokens: int) -> tuple[int, ...]:
+    """Shape of a layer's dense keys or values with ``tokens`` tokens.
+
+    Raises:
+        MikvError: if the layout is not a permutation of "BHTD", or of "BTD" with one head.
+    """
+    site = store.site
+    sizes = {"B": site.batch, "H": site.kv_heads, "T": tokens, "D": site.key_dim if role == "key" else site.value_dim}
+    if sorted(layout) != sorted("BHTD") and not (sorted(layout) == sorted("BTD") and site.kv_heads == 1):
+        raise MikvError(
+            f"layout {layout!r} is not a permutation of 'BHTD', nor of 'BTD' with one head (here: {site.kv_heads})"
+        )
+    return tuple(sizes[letter] for letter in layout)
+
+
+def to_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """A view of x [B, H, T, D] with the dimensions in another order."""
+    if "H" not in layout:
+        x, have = x[:, 0], "BTD"
+    else:
+        have = "BHTD"
+    return x.permute([have.index(letter) for letter in layout])
+
+
+def from_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Inverse of :func:`to_layout`: a view [B, H, T, D]."""
+    want = "BHTD" if "H" in layout else "BTD"
+    x = x.permute([layout.index(letter) for letter in want])
+    return x if "H" in layout else x[:, None]
