@@ -128,8 +128,7 @@ def _bias(graph: Graph, node: Node, term: ScoreTerm) -> Node:
     if term.kind == "keep":
         return graph.call_function(torch.where, (node, 0.0, float("-inf")))
     if term.kind == "fill":
-        inverted = getattr(term, "inverted", False)
-        values = (0.0, term.value) if inverted else (term.value, 0.0)
+        values = (0.0, term.value) if term.inverted else (term.value, 0.0)
         return graph.call_function(torch.where, (node, *values))
     return node if term.value == 1.0 else graph.call_function(torch.mul, (node, term.value))
 

@@ -25,6 +25,8 @@ class ScoreTerm:
     value: float = 1.0
     dims: Dims = ("b", "kg", "r", "t")
     """Dimensions of the scores that it broadcasts to."""
+    inverted: bool = False
+    """fill only: it is filled where `node` is False."""
 
 
 @dataclass(frozen=True)

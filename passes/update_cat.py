@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mikv_compile.passes.attention_eager import MATMUL_TARGETS
-from mikv_compile.passes.attention_sdpa import SDPA_TARGETS
 from mikv_compile.passes.node_utils import (
     argument,
     fake,
     is_metadata,
-    is_op,
     known_equal,
     names,
+    operation,
     output_positions,
     rank,
     same_kind,
@@ -25,8 +23,6 @@ from mikv_compile.passes.node_utils import (
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.views import in_place_writers, slice_of_tokens, view_input
-
-CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
 
 LAYOUTS = {4: {2: "BHTD", 1: "BTHD", 0: "TBHD", 3: "BHDT"}, 3: {1: "BTD"}}
 """By rank and the dimension that tokens are written along."""
@@ -39,7 +35,7 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
     newest tokens, returned or copied back into a preallocated cache, as sliding windows do. Concatenations that do not
     look like a cache (rotary embeddings, sinks) give None.
     """
-    if not is_op(node, *CAT_TARGETS):
+    if operation(node) != "cat":
         return None
     tensors = argument(node, 0, "tensors")
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
@@ -135,7 +131,7 @@ def _kept(
             continue
         if output_positions(user) and set(user.users) == {node.graph.output_node()}:
             return output_positions(user), -cut[0], None, (user,)
-        writes = [copy for copy in user.users if is_op(copy, "copy_") and copy.args[0] is cached]
+        writes = [copy for copy in user.users if operation(copy) == "copy" and copy.args[0] is cached]
         if cached is None or len(writes) != 1 or set(user.users) != set(writes):
             continue
         if known_equal(shape_of(cached)[layout.index("T")], -cut[0]):  # type: ignore[index]
@@ -159,7 +155,7 @@ def feeds_attention(node: Node) -> bool:
     todo = [node]
     while todo:
         for user in todo.pop().users:
-            if is_op(user, *SDPA_TARGETS, *MATMUL_TARGETS):
+            if operation(user) in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
                 return True
             if user not in seen and view_input(user) is not None:
                 seen.add(user)

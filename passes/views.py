@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from mikv_compile.passes.node_utils import (
     argument,
+    aten_name,
     fake,
     is_attribute,
     is_number,
@@ -35,8 +36,9 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
-_OTHERS = {"unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow"}
+_OTHERS = {"t", "unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow"}
 _METHODS = _COPIES | _CASTS | _EXPANDS | _RESHAPES | _SWAPS | _OTHERS
+_ATEN_NAMES = {"_unsafe_view": "view", "_to_copy": "to", "lift_fresh": "alias"}
 _FUNCTIONS = {getattr(torch, name): name for name in sorted(_METHODS) if callable(getattr(torch, name, None))}
 
 
@@ -77,6 +79,10 @@ def op_name(node: Node) -> str | None:
         return "getitem"
     if node.target is builtins.getattr:
         return "mT" if is_attribute(node, "mT") else None
+    aten = aten_name(node.target)
+    if aten is not None:
+        aten = _ATEN_NAMES.get(aten, aten)
+        return aten if aten in _METHODS else None
     try:
         return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     except TypeError:  # a target that cannot be hashed
@@ -103,19 +109,19 @@ def is_cast(node: Node) -> bool:
     return view_input(node) is not None and op_name(node) in _CASTS
 
 
-def is_key_transpose(node: object) -> bool:
-    """Whether a node swaps the last two dimensions of a 4-D tensor, in any spelling."""
-    if not isinstance(node, Node) or op_name(node) not in _SWAPS | {"permute", "mT"}:
-        return False
+def permutation(node: object) -> tuple[int, ...] | None:
+    """The order of dimensions that a transpose or permute of any spelling makes; None if it is something else."""
+    if not isinstance(node, Node) or op_name(node) not in _SWAPS | {"permute", "mT", "t"}:
+        return None
     source = view_input(node)
     shape = shape_of(source)
-    if shape is None or len(shape) != 4:
-        return False
-    order: Layout = tuple((Axis(name, 2),) for name in "BHTD")
+    if shape is None or len(shape) < 2:
+        return None
+    order: Layout = tuple((Axis(str(i), 2),) for i in range(len(shape)))
     try:
-        return _apply(node, order, shape, shape) == (order[0], order[1], order[3], order[2])
+        return tuple(int(dim[0].name) for dim in _apply(node, order, shape, shape))
     except NotAView:
-        return False
+        return None
 
 
 def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
@@ -202,7 +208,7 @@ def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
     dims = list(layout)
     if name == "getitem":
         return _index(node, layout, in_shape, out_shape)
-    if name == "mT":
+    if name in ("mT", "t"):
         dims[-1], dims[-2] = dims[-2], dims[-1]
         return tuple(dims)
     if name in _SWAPS:
