@@ -21,17 +21,18 @@ from mikv_compile.passes.node_utils import (
     known_different,
     known_equal,
     names,
+    operation,
     shape_of,
     source_name,
     writes_in_place,
 )
 from mikv_compile.passes.records import Attention, CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
+from mikv_compile.passes.scores_walk import SOFTMAX
 from mikv_compile.passes.views import NotAView, ViewPath, aliases, match_dims, trace_to_source, view_input
 
 __all__ = ["Site", "pair"]
 
-_SOFTMAX_TARGETS = (F.softmax, torch.softmax, "softmax", *SDPA_TARGETS)
 _OPAQUE_TARGETS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -167,7 +168,7 @@ class _Pairing:
         todo, seen = list(update.all_sources), set(update.all_sources)
         while todo:
             node = todo.pop(0)
-            if is_op(node, *_SOFTMAX_TARGETS):
+            if is_op(node, *SDPA_TARGETS) or operation(node) in SOFTMAX:
                 return node
             following = list(node.users)
             if writes_in_place(node) and node.all_input_nodes:

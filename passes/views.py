@@ -36,7 +36,7 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
-_OTHERS = {"t", "unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow"}
+_OTHERS = {"t", "unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow", "slice"}
 _METHODS = _COPIES | _CASTS | _EXPANDS | _RESHAPES | _SWAPS | _OTHERS
 _ATEN_NAMES = {"_unsafe_view": "view", "_to_copy": "to", "lift_fresh": "alias"}
 _FUNCTIONS = {getattr(torch, name): name for name in sorted(_METHODS) if callable(getattr(torch, name, None))}
@@ -223,7 +223,7 @@ def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
         return tuple(dims)
     if name == "squeeze":
         return _squeeze(node, layout)
-    if name == "narrow":
+    if name in ("narrow", "slice"):
         return _narrow(node, layout, in_shape, out_shape)
     if name == "repeat":
         return _tile(node, layout)
@@ -310,8 +310,8 @@ def _index(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tup
 
 
 def _narrow(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tuple[Any, ...]) -> Layout:
-    """The layout after `x.narrow(dim, 0, length)`."""
-    dim = _dim(node, argument(node, 1, "dim"), len(layout))
+    """The layout after `x.narrow(dim, 0, length)`, and after ATen's `slice(x, dim, 0, stop)`."""
+    dim = _dim(node, argument(node, 1, "dim", 0), len(layout))
     result = list(layout)
     if not known_equal(in_shape[dim], out_shape[dim]):
         result[dim] = _prefix(node, slice(argument(node, 2, "start"), None), layout[dim], out_shape[dim])
@@ -367,6 +367,11 @@ def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
         if not isinstance(dim, int) or isinstance(start, torch.Tensor) or out is None:
             return None
         return dim % len(shape), start, start + out[dim % len(shape)]
+    if name == "slice":
+        dim, start, stop = (argument(node, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "end")))
+        whole = isinstance(stop, int) and stop > 2**60
+        bounds = (dim or 0) % len(shape), value_of(start), None if whole else value_of(stop)
+        return None if argument(node, 4, "step", 1) != 1 else bounds
     if name != "getitem":
         return None
     index = argument(node, 1, "index")
