@@ -67,12 +67,10 @@ def _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK:
 
 @triton.jit
 def _capped(scores, softcap, CAPPED: tl.constexpr):
-    """``softcap * tanh(scores / softcap)``, if CAPPED."""
+    """``softcap * tanh(scores / 2)``, if CAPPED; see ``_score_args`` for the other factors."""
     if CAPPED:
         # From exp, as the interpreter has no tanh; its error is that of a float32 number as large as the softcap.
-        small = tl.exp(-2.0 * tl.abs(scores / softcap))
-        size = softcap * ((1.0 - small) / (1.0 + small))
-        scores = tl.where(scores < 0, -size, size)
+        scores = softcap - 2.0 * softcap / (1.0 + tl.exp(scores))
     return scores
 
 
@@ -271,6 +269,15 @@ def _mask_args(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> dict:
     return {"mask": full, **_strides("mask", full, "bhrc"), "MASK": kind.value}
 
 
+def _score_args(scale: float, softcap: float) -> dict:
+    """Kernel arguments for ``scale * qk``, or for ``softcap * tanh(scale * qk / softcap)`` if the softcap is not 0.
+
+    The scale takes the factors within the tanh of ``_capped`` along.
+    """
+    factor = 2.0 * scale / softcap if softcap else scale
+    return {"scale": float(factor), "softcap": float(softcap), "CAPPED": softcap != 0}
+
+
 def _tiling(rows: int, slots: int, dims: int, dot: tl.dtype, bits: tuple[int, ...]) -> tuple[int, int, dict]:
     """Rows and slots per tile of ``dims`` channels, and compile options, with the aim that nothing spills.
 
@@ -343,7 +350,7 @@ def attend(
             **side_args("value", part.value, part.value_fmt, value_dim), **_strides("value", part.value.codes, "bhn"),
             positions=part.positions, balancer=buffers.balancer.contiguous() if balanced else None, **mask_args,
             part_out=part_out, part_max=part_max, part_sum=part_sum,
-            scale=float(scale), softcap=float(softcap), CAPPED=softcap != 0, count=part.count, length=length,
+            **_score_args(scale, softcap), count=part.count, length=length,
             capacity=0 if part.positions is None else part.positions.shape[2],
             kv_heads=kv_heads, group=group, rows=rows,
             BALANCED=balanced, POSITIONED=part.positions is not None, PRECISION=dot_precision(),
@@ -456,7 +463,7 @@ def add_scores(
             positions=positions, balancer=buffers.balancer.contiguous() if side_fmt.balanced else None,
             **_mask_args(mask, (batch, heads, rows)),
             lse=lse.contiguous(), sums=sums, sums_stride=sums.shape[2],
-            scale=float(scale), softcap=float(softcap), CAPPED=softcap != 0, count=part_count, length=length,
+            **_score_args(scale, softcap), count=part_count, length=length,
             capacity=0 if positions is None else positions.shape[2], kv_heads=kv_heads, group=group, rows=rows,
             BALANCED=side_fmt.balanced, POSITIONED=positions is not None, DOT=dot, PRECISION=dot_precision(),
             KEY_BLOCK=padded(key_dim), M=row_block, N=slot_block,
@@ -590,9 +597,9 @@ def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows
     sums = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     shared = {
         "q": q, **_strides("q", q, "bhr"), "k": k, **_strides("k", k, "bhn"), **mask_args,
-        "norms": norms, "scale": float(args.scale), "softcap": float(args.softcap),
+        "norms": norms, **_score_args(args.scale, args.softcap),
         "first_row": first_row, "rows": rows, "tokens": tokens, "group": heads // kv_heads,
-        "DIM": dim, "CAUSAL": args.is_causal, "CAPPED": args.softcap != 0, "DOT": dot,
+        "DIM": dim, "CAUSAL": args.is_causal, "DOT": dot,
         "PRECISION": dot_precision(), "BLOCK": padded(dim),
         "M": row_block, "N": slot_block,
     }  # fmt: skip
