@@ -573,13 +573,20 @@ def column_sums_kernel(
     tl.store(sums + head * tokens + column, received, mask=column_ok)
 
 
+def _norms_with(sinks: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """What :func:`row_norms_kernel` wrote, with the weights of logits that broadcast to [B, H_q, rows, n]."""
+    extra = sinks.float().logsumexp(dim=-1)
+    top, total = norms.unbind(dim=-1)
+    new_top = torch.maximum(top, extra)
+    # A row that may attend to nothing has weights of 0 whatever its norms are.
+    return torch.stack([new_top, total * (top - new_top).exp() + (extra - new_top).exp()], dim=-1)
+
+
 def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows: int) -> torch.Tensor:
     """Attention that each key receives from the last query rows; see :func:`attention.column_sums`.
 
     Two passes, the rows' maxima and totals and then the columns' sums, so that no T x T matrix exists.
     """
-    if args.sinks is not None:
-        raise NotCovered("sinks")
     mask = args.mask
     need_floats(q, k)
     batch, heads, rows, dim = q.shape
@@ -605,6 +612,8 @@ def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows
     }  # fmt: skip
     row_blocks = triton.cdiv(rows - first_row, row_block)
     launch(row_norms_kernel, (row_blocks, batch * heads), q.device, options, **shared, heads=heads)
+    if args.sinks is not None:
+        shared["norms"] = _norms_with(args.sinks if args.sinks.shape[2] == 1 else args.sinks[:, :, first_row:], norms)
     launch(
         column_sums_kernel,
         (triton.cdiv(tokens, slot_block), batch * kv_heads),

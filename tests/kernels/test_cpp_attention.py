@@ -144,7 +144,11 @@ def make_args(
         ("4:t1c64,4:t1c64", [3000], {"group": 3, "kv_heads": 1, "mask": "bool"}),
         ("fp,fp", [1500], {"group": 3, "kv_heads": 1, "rows": 33, "mask": "bool"}),
         # Capped scores.
-        ("fp,fp", [63], {"dim": 80, "group": 3, "rows": 5, "own": 2, "softcap": 1.5, "mask": "float_per_head"}),
+        (
+            "fp,fp",
+            [63],
+            {"dim": 80, "kv_heads": 3, "group": 3, "rows": 5, "own": 2, "softcap": 1.5, "mask": "float_per_head"},
+        ),
         ("8:t1c64,8:t1c64|4:t64c1b,2:t1c32", [77, 128], {"group": 3, "rows": 5, "softcap": 0.7, "mask": "bool"}),
         ("4:t1c64,4:t1c64", [3000], {"group": 3, "kv_heads": 1, "softcap": 50.0}),
         # No own tokens.

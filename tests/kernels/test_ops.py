@@ -157,6 +157,28 @@ def test_attention_over_a_preallocated_cache(backend, softcap, first, own, rows,
         torch.testing.assert_close(out, model, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unwritten_columns_behind_an_additive_mask(low, dtype):
+    """The lowest numbers of several dtypes hide a column; a small bias does not."""
+    torch.manual_seed(0)
+    buffers = poisoned(LayerFormat.parse("fp,fp"), (T,))
+    k, v, q = torch.randn(B, H_KV, T, D), torch.randn(B, H_KV, T, D), 12 * torch.randn(B, H_Q, 2, D)
+    fill = Orders(0, 0, T, (T,), 0, (), fresh=True)
+    ops.append_v1(k, v, buffers, fill.encode(), "fp,fp")
+    mask = torch.zeros(B, 1, 2, T + 9, dtype=dtype)
+    mask[..., T:] = low
+    mask[..., 5:30] = low
+    mask = mask.expand(-1, H_Q, -1, -1)
+    none = k[:, :, :0]
+    orders = Orders(T, 0, T, (T,), 0, ()).encode()
+    out, lse = ops.attend_v2(q, none, none, mask, 0.3, 0.0, buffers, orders, "fp,fp")
+    dense = [torch.nn.functional.pad(x, (0, 0, 0, 9)) for x in (k, v)]
+    expected, expected_lse = dense_attention(q, *dense, mask.double(), 0.3, 0.0)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
 def test_queries_of_another_dtype():
     fmt = LayerFormat.parse("fp,8:t1c16")
     buffers = poisoned(fmt, (80,), dtype=torch.bfloat16)

@@ -10,9 +10,11 @@ import os
 import pytest
 import torch
 
+import mikv_compile.kernels.ops
+import mikv_compile.policies  # noqa: F401  (registers the scorers)
 from mikv_compile.kernels import attention, tokens
-from mikv_compile.kernels.dispatch import NotCovered
-from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
+from mikv_compile.kernels.dispatch import use
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, buffer_shapes
 from mikv_compile.kernels.scoring import AttentionArgs
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -21,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 from mikv_compile.kernels import triton_attention, triton_tokens
 
+ops = torch.ops.mikv
 BATCH, KV_HEADS = 2, 2
 HALF_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -316,7 +319,39 @@ def test_nothing_to_attend_to():
     assert (out == 0).all() and (lse == float("-inf")).all()
 
 
-def test_sinks_are_left_to_the_reference():
-    x = torch.zeros(1, 1, 2, 16)
-    with pytest.raises(NotCovered):
-        triton_attention.column_sums(x, x, AttentionArgs(None, 1.0, True, sinks=torch.zeros(1, 1, 1, 1)), 0)
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_column_sums_with_sinks(own_rows):
+    torch.manual_seed(0)
+    q, k = head_last(BATCH, KV_HEADS * 3, 63, 80, torch.float32), head_last(BATCH, KV_HEADS, 63, 80, torch.float32)
+    sinks = torch.randn(1, KV_HEADS * 3, 63 if own_rows else 1, 2) + 2.0
+    sinks[:, 0] = float("-inf")
+    mask = random_mask(("bool", 1, 0, 1), KV_HEADS * 3, 63, 63)
+    args = (q, k, AttentionArgs(mask, 0.2, True, 1.5, sinks), 40)
+    torch.testing.assert_close(triton_attention.column_sums(*args), attention.column_sums(*args), atol=2e-5, rtol=2e-5)
+
+
+def test_ops_on_these_kernels():
+    """A store's life by the ops: the same as on the references."""
+    torch.manual_seed(0)
+    text = "8:t1c40b,8:t1c48|4:t16c1b,2:t1c16+scored+watch:r0p3n1"
+    q = torch.randn(BATCH, KV_HEADS * 3, 63, 80)
+    k, v = torch.randn(BATCH, KV_HEADS, 63, 80), torch.randn(BATCH, KV_HEADS, 63, 48)
+    mask = torch.ones(63, 80, dtype=torch.bool).tril()[None, None]
+    view = torch.rand(BATCH, 1, 3, 65) < 0.7
+    found = {}
+    for backend in ("reference", "triton"):
+        buffers = new_store(LayerFormat.parse(text), 80, 48, [96, 64], torch.float32).to_list()
+        with use(backend):
+            orders = Orders(0, 2, 55, (15, 48), 0, (0,), fresh=True).encode()
+            first = ops.attend_v2(q, k, v, mask, 0.1, 20.0, buffers, orders, text)
+            ops.update_v2(q, k, v, first[1], mask, 0.1, 20.0, buffers, orders, text, "h2o")
+            step = (q[:, :, :3], k[:, :, :2], v[:, :, :2])
+            orders = Orders(63, 2, 60, (15, 48), 0, (0,), 7).encode()
+            second = ops.attend_v2(*step, view, 0.1, 0.0, buffers, orders, text)
+            ops.update_v2(*step, second[1], view, 0.1, 0.0, buffers, orders, text, "h2o")
+            orders = Orders(65, 2, 60, (17, 48), 16, (16,)).encode()
+            ops.append_v1(k[:, :, :30], v[:, :, :30], buffers, orders, text)
+            orders = Orders(95, 2, 60, (31, 64), 0, (0,), 7).encode()
+            dense = ops.read_v1(buffers, orders, text, 90, 80, 48, torch.float32)
+            found[backend] = (*first, *second, *dense)
+    torch.testing.assert_close(found["triton"], found["reference"], atol=2e-5, rtol=2e-5)
