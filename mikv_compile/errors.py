@@ -15,3 +15,7 @@ class EvictedTokensError(MikvError, RuntimeError):
 
 class UnusableCacheError(MikvError, RuntimeError):
     """A compressed cache can no longer be used, and the message says why and what to do."""
+
+
+class CannotServe(MikvError):
+    """The arguments of a call are beyond what the rewritten graph can do; the graph as it was runs. Never raised at users."""

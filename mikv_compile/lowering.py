@@ -5,16 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 import mikv_compile.kernels.ops  # noqa: F401  (declares torch.ops.mikv)
 from mikv_compile import _compat
-from mikv_compile.handle import KVTensor
 from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.formats import Orders, buffer_names, buffer_shapes
-from mikv_compile.passes import Declined, Operands, Site
+from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
 from mikv_compile.passes.node_utils import fake
 from mikv_compile.plan import CacheShape, LayerPlan, Planner
 from mikv_compile.sizes import SizeReader
@@ -36,8 +36,34 @@ class PlannedSite:
     layer: int
 
 
-def plan_sites(sites: Sequence[Site], planner: Planner, sizes: SizeReader) -> tuple[list[PlannedSite], list[Declined]]:
+@dataclass(frozen=True)
+class Extent:
+    """The maybe symbolic sizes of a call's new keys or values."""
+
+    batch: Any
+    heads: Any
+    tokens: Any
+    dim: Any
+
+    @classmethod
+    def of(cls, update: CacheUpdate) -> Extent:
+        """Sizes of `update.new` by what its dimensions are."""
+        value = fake(update.new)
+        assert value is not None
+        sizes = dict(zip(update.layout, value.shape, strict=True))
+        return cls(sizes["B"], sizes.get("H", 1), sizes["T"], sizes["D"])
+
+
+def plan_sites(
+    sites: Sequence[Site], planner: Planner, sizes: SizeReader, handles: Mapping[Node, Any]
+) -> tuple[list[PlannedSite], list[Declined]]:
     """Give each site its plan; sites that storage or kernels cannot serve are declined with the reason.
+
+    Args:
+        sites: of one graph.
+        planner: makes the plan of a layer.
+        sizes: what the graph's arguments tell.
+        handles: the handle behind each placeholder that has one.
 
     Raises:
         OptionError: for a budget that no plan meets.
@@ -46,7 +72,7 @@ def plan_sites(sites: Sequence[Site], planner: Planner, sizes: SizeReader) -> tu
     declined: list[Declined] = []
     for layer, site in enumerate(sites):
         try:
-            planned.append(PlannedSite(site, _plan(site, layer, len(sites), planner, sizes), layer))
+            planned.append(PlannedSite(site, _plan(site, layer, len(sites), planner, sizes, handles), layer))
         except _CannotServeError as reason:
             declined.append(Declined(site.name, "rewrite", str(reason)))
     return planned, declined
@@ -56,7 +82,32 @@ class _CannotServeError(Exception):
     pass
 
 
-def _plan(site: Site, layer: int, layers: int, planner: Planner, sizes: SizeReader) -> LayerPlan:
+def _plan(
+    site: Site, layer: int, layers: int, planner: Planner, sizes: SizeReader, handles: Mapping[Node, Any]
+) -> LayerPlan:
+    shape = _check_storage(site, layers, sizes)
+    plan = _plan_of_handles(site, handles)
+    if plan is None:
+        if isinstance(planner.options.budget, str):
+            int(Extent.of(site.key).batch)  # a budget in bytes means another plan for another batch size: guard on it
+        try:
+            plan = planner.layer(layer, shape, sliding=site.key.keep is not None)
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise _CannotServeError(f"{error}; give this layer other tiers with the option 'layers'") from error
+        if plan.evicts and not site.born and site.key.capacity is None:
+            raise _CannotServeError(
+                "the cache was filled before this call without scores, and the plan evicts; let the compiled model "
+                "read the prompt as well, or choose a plan that keeps all tokens"
+            )
+    if plan.evicts and not site.reads:
+        raise _CannotServeError(f"the plan evicts, and evicted tokens cannot be read densely: {site.dense}")
+    return plan
+
+
+def _check_storage(site: Site, layers: int, sizes: SizeReader) -> CacheShape:
+    """The shape of the cache, once it is sure that stores and kernels take it."""
     key, value = fake(site.key.new), fake(site.value.new)
     assert key is not None and value is not None
     if key.dtype not in DTYPES or value.dtype != key.dtype:
@@ -66,35 +117,30 @@ def _plan(site: Site, layer: int, layers: int, planner: Planner, sizes: SizeRead
     if key.device.type == "cuda" and not dispatch.has_triton():
         raise _CannotServeError("kernels for CUDA need the package triton; install it, or run on the CPU")
     for update in (site.key, site.value):
-        shape = fake(update.new).shape
-        if any(sizes.reader(size) is None for size in shape):
+        if any(sizes.reader(size) is None for size in fake(update.new).shape):  # type: ignore[union-attr]
             raise _CannotServeError(f"the arguments of the graph do not tell the size of {update.new}")
-    if any(_compat.symbol_of(size) is not None for size in (key.shape[1], key.shape[3], value.shape[3])):
+    k, v = Extent.of(site.key), Extent.of(site.value)
+    if any(_compat.symbol_of(size) is not None for size in (k.heads, k.dim, v.dim)):
         raise _CannotServeError("the number of heads or the head dimension is symbolic; mark it static")
-    pasts = [None if u.past is None else u.past.meta.get("example_value") for u in (site.key, site.value)]
-    handles = [p for p in pasts if isinstance(p, KVTensor)]
-    if len(handles) == 1:
+    if _compat.symbol_of(site.key.capacity) is not None:
+        raise _CannotServeError("the size of the preallocated cache is symbolic; mark it static")
+    batch = k.batch if _compat.symbol_of(k.batch) is None else 1
+    return CacheShape(int(batch), int(k.heads), int(k.dim), int(v.dim), key.dtype, layers)
+
+
+def _plan_of_handles(site: Site, handles: Mapping[Node, Any]) -> LayerPlan | None:
+    """The plan that the site's caches have already; None if they are dense."""
+    found = [handles[u.past] for u in (site.key, site.value) if u.past is not None and u.past in handles]
+    if not found:
+        return None
+    if len(found) == 1:
         raise _CannotServeError("only one of keys and values is compressed")
-    if handles:
-        if handles[0].plan != handles[1].plan or (handles[0].role, handles[1].role) != ("key", "value"):
-            raise _CannotServeError("keys and values come from caches of different plans")
-        return handles[0].plan
-    if isinstance(planner.options.budget, str):
-        int(key.shape[0])  # a budget in bytes means another plan for another batch size: guard on it
-    batch = key.shape[0] if _compat.symbol_of(key.shape[0]) is None else 1
-    shape = CacheShape(int(batch), int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), key.dtype, layers)
-    try:
-        plan = planner.layer(layer, shape)
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise _CannotServeError(f"{error}; give this layer other tiers with the option 'layers'") from error
-    if plan.evicts and not site.born:
-        raise _CannotServeError(
-            "the cache was filled before this call without scores, and the plan evicts; let the compiled model read "
-            "the prompt as well, or choose a plan that keeps all tokens"
-        )
-    return plan
+    if found[0].plan != found[1].plan or (found[0].role, found[1].role) != ("key", "value"):
+        raise _CannotServeError("keys and values come from caches of different plans")
+    if any(handle.kv_layout != site.key.layout for handle in found):
+        layouts = f"{found[0].kv_layout}, and this graph reads {site.key.layout}"
+        raise _CannotServeError(f"the cache has the layout {layouts}")
+    return found[0].plan
 
 
 class Lowering:
@@ -106,14 +152,15 @@ class Lowering:
     def buffers(self, site: Site) -> list[tuple[str, torch.Tensor]]:
         """The store's buffers with symbolic capacities, and the orders of the call."""
         plan = self._plans[site.name]
-        key, value = fake(site.key.new), fake(site.value.new)
-        assert key is not None and value is not None
+        key = fake(site.key.new)
+        assert key is not None
+        k, v = Extent.of(site.key), Extent.of(site.value)
         mode = _compat.fake_mode_of(key)
-        symbolic_batch = _compat.symbol_of(key.shape[0]) is not None
-        batch = 2 if symbolic_batch else int(key.shape[0])
+        symbolic_batch = _compat.symbol_of(k.batch) is not None
+        batch = 2 if symbolic_batch else int(k.batch)
         tiers = len(plan.format.tiers)
         shapes = buffer_shapes(
-            plan.format, batch, int(key.shape[1]), int(key.shape[3]), int(value.shape[3]),
+            plan.format, batch, int(k.heads), int(k.dim), int(v.dim),
             [max(_EXAMPLE_SLOTS, 2 * t.block) for t in plan.format.tiers], key.dtype,
         )  # fmt: skip
         made = []
@@ -131,30 +178,71 @@ class Lowering:
         """A source of its own for each buffer."""
         return _compat.buffer_source(f"mikv_{site.name}_{name}")
 
-    def emit_born(self, graph: Graph, site: Site, operands: Operands, buffers: Mapping[str, Node]) -> None:
+    def emit_born(
+        self, graph: Graph, site: Site, first: Operands | None, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> None:
         """Score and compress the prompt's tokens right behind the attention, which stays exact."""
         plan = self._plans[site.name]
         *stored, orders = buffers.values()
-        q, k, v = operands.query, operands.key_new, operands.value_new
-        if plan.format.has_scores:
-            args = (q, k, v, operands.mask, operands.scale, operands.is_causal, 0.0, None, plan.policy)
-            scores = graph.call_function(ops.importance_v2.default, args)
-        else:
+        keep, k, v = site.key.keep, new.key, new.value
+        if keep is not None:  # a sliding window starts with the newest tokens of a prompt
+            index = (slice(None), slice(None), slice(-int(keep), None))
+            k, v = (graph.call_function(operator.getitem, (x, index)) for x in (k, v))
+        # Without queries the keys stand in for them: the balancer becomes 1.
+        q = k if first is None else first.query
+        if not plan.format.has_scores:
             # Not the scores buffer itself: one op must not read and write one storage through two arguments.
             scores = graph.call_method("new_empty", (k, (0,)), {"dtype": torch.float32})
+        elif first is None or keep is not None:
+            args = (k, k, v, None, 1.0, False, 0.0, None, "recent")
+            scores = graph.call_function(ops.importance_v2.default, args)
+        else:
+            args = (
+                q, k, v, first.mask, first.scale, first.is_causal, first.softcap or 0.0, first.sinks, plan.policy,
+            )  # fmt: skip
+            scores = graph.call_function(ops.importance_v2.default, args)
         graph.call_function(ops.compress_v1.default, (q, k, v, scores, stored, orders, str(plan.format)))
 
-    def emit_step(self, graph: Graph, site: Site, operands: Operands, buffers: Mapping[str, Node]) -> Node:
-        """Attend over the tiers and the call's own tokens, then append and demote."""
-        plan = self._plans[site.name]
-        fmt = str(plan.format)
+    def emit_attend(
+        self, graph: Graph, site: Site, operands: Operands, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> tuple[Node, Node]:
+        """Attend over the tiers and the call's own tokens."""
         *stored, orders = buffers.values()
-        q, k, v = operands.query, operands.key_new, operands.value_new
-        attended = graph.call_function(
-            ops.attend_v2.default, (q, k, v, operands.mask, operands.scale, 0.0, stored, orders, fmt)
+        args = (
+            operands.query, new.key, new.value, operands.mask, operands.scale, operands.softcap or 0.0, stored, orders,
+            str(self._plans[site.name].format),
+        )  # fmt: skip
+        attended = graph.call_function(ops.attend_v2.default, args)
+        return (
+            graph.call_function(operator.getitem, (attended, 0)),
+            graph.call_function(operator.getitem, (attended, 1)),
         )
-        output = graph.call_function(operator.getitem, (attended, 0))
-        lse = graph.call_function(operator.getitem, (attended, 1))
-        update = (q, k, v, lse, operands.mask, operands.scale, 0.0, stored, orders, fmt, plan.policy)
-        graph.call_function(ops.update_v2.default, update)
-        return output
+
+    def emit_update(
+        self, graph: Graph, site: Site, operands: Operands, lse: Node, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> None:
+        """Append the new tokens and demote old ones."""
+        plan = self._plans[site.name]
+        *stored, orders = buffers.values()
+        args = (
+            operands.query, new.key, new.value, lse, operands.mask, operands.scale, operands.softcap or 0.0, stored,
+            orders, str(plan.format), plan.policy,
+        )  # fmt: skip
+        graph.call_function(ops.update_v2.default, args)
+
+    def emit_read(self, graph: Graph, site: Site, columns: Any, buffers: Mapping[str, Node]) -> tuple[Node, Node]:
+        """Dequantize the layer's past."""
+        *stored, orders = buffers.values()
+        value = fake(site.key.new)
+        assert value is not None
+        k, v = Extent.of(site.key), Extent.of(site.value)
+        fmt = str(self._plans[site.name].format)
+        args = (stored, orders, fmt, columns, int(k.dim), int(v.dim), value.dtype)
+        dense = graph.call_function(ops.read_v1.default, args)
+        return graph.call_function(operator.getitem, (dense, 0)), graph.call_function(operator.getitem, (dense, 1))
+
+    def emit_append(self, graph: Graph, site: Site, new: NewTokens, buffers: Mapping[str, Node]) -> None:
+        """Append new tokens without scores."""
+        *stored, orders = buffers.values()
+        args = (new.key, new.value, stored, orders, str(self._plans[site.name].format))
+        graph.call_function(ops.append_v1.default, args)

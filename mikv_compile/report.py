@@ -13,6 +13,7 @@ import torch
 from mikv_compile.handle import KVTensor
 from mikv_compile.passes import Declined
 from mikv_compile.plan import LayerPlan
+from mikv_compile.preallocated import PreallocatedKV
 from mikv_compile.store import LayerStore
 
 
@@ -25,11 +26,18 @@ class SiteReport:
     phase: str
     """``"prefill"`` where the cache is born, ``"decode"`` where it grows."""
     form: str
-    groups: int
+    groups: int | None
+    """Query heads per KV head; None where no attention call was recognized."""
     plan: LayerPlan
+    reads: str = "fused"
+    """``"fused"`` where attention runs on the compressed cache, ``"dense"`` where this layer's cache is dequantized."""
+    reason: str | None = None
+    """Why it has to be read densely."""
 
     def __str__(self) -> str:
-        return f"layer {self.layer} {self.name} ({self.phase}, {self.form}, {self.groups} query heads per KV head)"
+        heads = "" if self.groups is None else f", {self.groups} query heads per KV head"
+        dense = "" if self.reason is None else f", read densely: {self.reason}"
+        return f"layer {self.layer} {self.name} ({self.phase}, {self.form}{heads}{dense})"
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,11 @@ class GraphReport:
         lines = [f"{self.attentions} attention calls; sites rewritten: {kinds}; lowered with {self.lower}"]
         for (plan, phase), layers in _by_plan(self.rewritten).items():
             lines.append(f"  layers {_ranges(layers)} ({phase}): tiers {describe(plan)}")
+        dense: dict[str, list[int]] = {}
+        for site in self.rewritten:
+            if site.reason is not None:
+                dense.setdefault(site.reason, []).append(site.layer)
+        lines += [f"  layers {_ranges(layers)} are read densely: {reason}" for reason, layers in dense.items()]
         lines += [f"  declined {d}" for d in self.declined]
         return "\n".join(lines)
 
@@ -251,7 +264,7 @@ def cache_report(cache: Any) -> CacheReport:
     layers = []
     seen: set[int] = set()
     for item in _walk(cache, set()):
-        if isinstance(item, KVTensor):
+        if isinstance(item, KVTensor | PreallocatedKV):
             assert item.store is not None
             if id(item.store) not in seen:
                 seen.add(id(item.store))
@@ -272,9 +285,9 @@ def _store_report(store: LayerStore) -> LayerReport:
     )  # fmt: skip
 
 
-def _walk(item: Any, seen: set[int]) -> Iterator[KVTensor | tuple[torch.Tensor, torch.Tensor]]:
+def _walk(item: Any, seen: set[int]) -> Iterator[KVTensor | PreallocatedKV | tuple[torch.Tensor, torch.Tensor]]:
     """Handles, and pairs of dense 4-D tensors, in order."""
-    if isinstance(item, KVTensor):
+    if isinstance(item, KVTensor | PreallocatedKV):
         yield item
         return
     if item is None or isinstance(item, torch.Tensor | str | int | float | bool | torch.dtype) or id(item) in seen:
@@ -284,7 +297,7 @@ def _walk(item: Any, seen: set[int]) -> Iterator[KVTensor | tuple[torch.Tensor, 
     if values is None:
         values = list(item) if isinstance(item, list | tuple) else list(getattr(item, "__dict__", {}).values())
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    dense = [t for t in tensors if t.dim() == 4 and t.numel() and not isinstance(t, KVTensor)]
+    dense = [t for t in tensors if t.dim() == 4 and t.numel() and not isinstance(t, KVTensor | PreallocatedKV)]
     if len(dense) == 2 and dense[0].shape[:3] == dense[1].shape[:3]:
         yield dense[0], dense[1]
     for value in values:

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from mikv_compile.errors import MikvError
+from mikv_compile.errors import CannotServe, MikvError
 from mikv_compile.handle import KVTensor
 from mikv_compile.kernels.formats import Orders
 from mikv_compile.kernels.store_ops import compress
 from mikv_compile.passes import RewrittenSite
 from mikv_compile.plan import CacheShape, LayerPlan
-from mikv_compile.store import LayerStore
+from mikv_compile.preallocated import PreallocatedKV, take_over
+from mikv_compile.store import INTERRUPTED, LayerStore, Role, from_layout
 
 log = logging.getLogger(__name__)
 
 Reader = Callable[[Sequence[Any]], int]
+Handle = KVTensor | PreallocatedKV
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class SiteCall:
     plan: LayerPlan
     batch: Reader
     new_tokens: Reader
+    first: Reader
+    """The first column of the past that the call sees; may be negative."""
+    position: Callable[[Sequence[Any], int], int] | None
+    """The column that the new tokens go to, given their number; None: behind the past's last one."""
     kv_heads: int
     key_dim: int
     value_dim: int
@@ -37,123 +43,276 @@ class SiteCall:
     device: torch.device
     layers: int
 
+    @property
+    def layout(self) -> str:
+        """What the dimensions of the cached tensors are."""
+        return self.rewritten.site.key.layout
+
+    @property
+    def keep(self) -> int | None:
+        """How many of the newest tokens stay cached; None: all."""
+        keep = self.rewritten.site.key.keep
+        return None if keep is None else int(keep)
+
+    @property
+    def capacity(self) -> int | None:
+        """Columns of a preallocated cache."""
+        capacity = self.rewritten.site.key.capacity
+        return None if capacity is None else int(capacity)
+
     def shape(self, args: Sequence[Any]) -> CacheShape:
         """B, H_kv and head dimensions of this call."""
         return CacheShape(self.batch(args), self.kv_heads, self.key_dim, self.value_dim, self.dtype, self.layers)
+
+    def pasts(self, args: Sequence[Any]) -> tuple[Any, Any]:
+        """The cached keys and values of this call; None where they are born."""
+        key, value = self.rewritten.key_input, self.rewritten.value_input
+        return (None, None) if key is None or value is None else (args[key], args[value])
+
+
+@dataclass
+class _Step:
+    """One site in one call."""
+
+    site: SiteCall
+    store: LayerStore
+    orders: Orders
+    new: int
+    """Tokens that the store gets."""
+    past: tuple[Any, Any]
 
 
 class CompressedGraph:
     """Calls a rewritten graph with the buffers of its sites' stores, and returns handles in place of dense caches."""
 
-    def __init__(self, function: Callable[..., Any], kept_inputs: list[int], sites: list[SiteCall]) -> None:
-        self._function = function
-        self._kept = kept_inputs
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        original: Callable[..., Any],
+        kept_inputs: list[int],
+        written_inputs: Sequence[int],
+        sites: list[SiteCall],
+    ) -> None:
+        """Make the callable.
+
+        Args:
+            function: the rewritten graph, compiled.
+            original: the graph as it was, for arguments that the rewritten one cannot serve.
+            kept_inputs: positions of the original's inputs that the rewritten graph still takes.
+            written_inputs: positions of the inputs that the original writes in place.
+            sites: the rewritten sites, in the order of their buffers.
+        """
+        self._function, self._original = function, original
+        self._kept, self._written = kept_inputs, frozenset(written_inputs)
         self._sites = sites
+        self._warned = False
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run the graph on Dynamo's arguments; the caller's handles stay as they were until it has succeeded."""
-        stores: list[tuple[SiteCall, LayerStore, Orders, int]] = []
+        try:
+            steps = [self._prepare(site, args) for site in self._sites]
+        except CannotServe as reason:
+            return self._run_original(args, reason)
         inputs = [_dense(args[i]) for i in self._kept]
+        dense = dict(zip(self._kept, inputs, strict=True))
         encoded: dict[Orders, torch.Tensor] = {}
-        for site in self._sites:
-            new = site.new_tokens(args)
-            prepare = _new_store if site.rewritten.key_input is None else _old_store
-            store, orders = prepare(site, args, new)
-            stores.append((site, store, orders, new))
-        for _, store, orders, _ in stores:
-            if orders not in encoded:
-                encoded[orders] = orders.encode()
-            inputs += [*store.buffers, encoded[orders]]
+        for step in steps:
+            if step.orders not in encoded:
+                encoded[step.orders] = step.orders.encode()
+            inputs += [*step.store.buffers, encoded[step.orders]]
         try:
             outputs = list(self._function(*inputs))
-            for site, store, orders, new in stores:
-                _commit(site, store, orders, new, outputs)
+            for step in steps:
+                _commit(step, outputs)
         except BaseException:
-            _abandon(stores)
+            _abandon(steps)
             raise
+        self._write_back(args, dense)
         return tuple(outputs)
 
+    def _prepare(self, site: SiteCall, args: Sequence[Any]) -> _Step:
+        new = site.new_tokens(args)
+        past = site.pasts(args)
+        if site.rewritten.fills:
+            if site.position is not None and site.position(args, new) != 0:
+                raise CannotServe("a cache that is allocated in this call is not filled from its start")
+            new = new if site.keep is None else min(new, site.keep)
+            store, seen = _emptied(site, *past, args), 0
+        elif isinstance(past[0], Handle) and isinstance(past[1], Handle):
+            store, seen = _continued(site, *past, args, new)
+        else:
+            store, seen = _compressed(site, *past, args, new), 0
+        if site.rewritten.site.key.written is not None and past[0] is not None:
+            _hand_over(past, store, site.layout)
+        return _Step(site, store, store.prepare(new, seen, fresh=True), new, past)
 
-def _commit(site: SiteCall, store: LayerStore, orders: Orders, new: int, outputs: list[Any]) -> None:
+    def _run_original(self, args: Sequence[Any], reason: CannotServe) -> tuple[Any, ...]:
+        """Run the graph as it was, on dense tensors; preallocated caches take back what it wrote."""
+        if not self._warned:
+            log.warning("a call runs as the model wrote it: %s", reason)
+            self._warned = True
+        dense = {i: _dense(value) for i, value in enumerate(args)}
+        outputs = self._original(*dense.values())
+        self._write_back(args, dense)
+        return tuple(outputs)
+
+    def _write_back(self, args: Sequence[Any], dense: dict[int, Any]) -> None:
+        for i in self._written & dense.keys():
+            if isinstance(args[i], Handle) and args[i] is not dense[i]:
+                args[i].copy_(dense[i])
+
+
+def _commit(step: _Step, outputs: list[Any]) -> None:
     """Take over what the graph did to a store, and put its handles where the dense cache was returned."""
-    if site.rewritten.key_input is None:
-        store.filled(orders, new)
-    else:
-        store.commit(orders, new)
-    for position in site.rewritten.key_outputs:
-        outputs[position] = KVTensor(store, "key")
-    for position in site.rewritten.value_outputs:
-        outputs[position] = KVTensor(store, "value")
+    site, store = step.site, step.store
+    store.commit(step.orders, step.new)
+    start = store.base + step.orders.first
+    if site.keep is not None:
+        start = max(start, store.end - site.keep)
+    in_place = site.rewritten.site.key.written is not None and step.past[0] is not None
+    positions = (site.rewritten.key_outputs, site.rewritten.value_outputs)
+    for role, past, places in zip(_ROLES, step.past, positions, strict=True):
+        for place in places:
+            if in_place:
+                outputs[place] = past
+            elif site.capacity is not None:
+                outputs[place] = KVTensor(store, role, site.layout, capacity=site.capacity)
+            else:
+                outputs[place] = KVTensor(store, role, site.layout, start)
+
+
+_ROLES: tuple[Role, Role] = ("key", "value")
+
+
+def _hand_over(past: tuple[Any, Any], store: LayerStore, layout: str) -> None:
+    """Let the preallocated tensors that the model keeps show `store`; dense ones give their memory back."""
+    for tensor, role in zip(past, _ROLES, strict=True):
+        if not isinstance(tensor, Handle):
+            try:
+                take_over(tensor, store, role, layout)
+            except MikvError as reason:
+                raise CannotServe(str(reason)) from reason
+        elif tensor.store is not store:
+            tensor.store = store
+            store.register(tensor)
+
+
+def _emptied(site: SiteCall, key: Any, value: Any, args: Sequence[Any]) -> LayerStore:
+    """An empty store: a new one, or that of a preallocated cache that the call fills from its start."""
+    if not (isinstance(key, Handle) and isinstance(value, Handle)):
+        return LayerStore(site.plan, site.shape(args), site.device)
+    store = _joined(key, value)
+    store = store.for_writing(key.range[0])
+    store.clear()
+    return store
 
 
 def _dense(value: Any) -> Any:
     """A handle whose site was declined is read as the dense tensor that it stands for."""
-    if not isinstance(value, KVTensor) or value.store is None:
+    if not isinstance(value, Handle) or value.store is None:
         return value
     value.store.count_fallback("declined site")
     return value.dequantize()
 
 
-def _new_store(site: SiteCall, args: Sequence[Any], new: int) -> tuple[LayerStore, Orders]:
-    orders = site.plan.fill(new)
-    return LayerStore(site.plan, site.shape(args), site.device, orders.counts), orders
+def _columns(site: SiteCall, args: Sequence[Any], visible: int, new: int) -> tuple[int, int]:
+    """The columns of the past that the call sees: `[first, stop)`, with the new tokens at `stop`."""
+    first = site.first(args)
+    stop = visible if site.position is None else site.position(args, new)
+    columns = visible if site.capacity is None else site.capacity
+    stop = max(stop + columns, 0) if stop < 0 else stop
+    first = max(first + columns, 0) if first < 0 else first
+    if site.capacity is not None and site.keep is None and stop + new > site.capacity:
+        raise MikvError(
+            f"{new} tokens are written at column {stop} of a cache of {site.capacity}; make the cache larger, or the "
+            "prompt shorter"
+        )
+    return min(first, stop), stop
 
 
-def _old_store(site: SiteCall, args: Sequence[Any], new: int) -> tuple[LayerStore, Orders]:
-    assert site.rewritten.key_input is not None and site.rewritten.value_input is not None
-    key, value = args[site.rewritten.key_input], args[site.rewritten.value_input]
-    if isinstance(key, KVTensor) and isinstance(value, KVTensor):
-        if key.range[0] > key._real_store("reading").base:
-            # The kernels see all tokens of a store, so one that starts later has to be made.
-            dense = [handle.dequantize() for handle in (key, value)]
-            store = _filled(key.plan, site.shape(args), dense[0], dense[1])
-        else:
-            store = _joined(key, value).continued_from((key, value))
+def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], new: int) -> tuple[LayerStore, int]:
+    """The store that a call appends to, holding exactly the past that it sees, and the position that is seen first."""
+    store = _joined(key, value)
+    start, end = key.range
+    first, stop = _columns(site, args, end - start, new)
+    if site.capacity is None:
+        store = store.continued_from((key, value))  # type: ignore[arg-type]
+    elif start + stop != end:
+        store = store.for_writing(start + stop)
+        if stop == 0:
+            store.clear()
+        elif start + stop < end:
+            store.crop(start + stop - store.base)
+        else:  # columns between are as the model allocated them
+            s = store.site
+            gap = [torch.zeros(s.batch, s.kv_heads, start + stop - end, d) for d in (s.key_dim, s.value_dim)]
+            store.append(*(x.to(store.device, s.dtype) for x in gap))
     else:
-        store = _compressed(site, key, value)
-    return store, store.prepare(new)
+        store = store.for_writing(end)
+    if stop == 0:
+        start = store.start
+    store.drop_before(start + first)
+    return store, max(start + first - store.base, 0)
 
 
-def _joined(key: KVTensor, value: KVTensor) -> LayerStore:
+def _joined(key: Handle, value: Handle) -> LayerStore:
     """The one store behind two handles."""
     assert key.store is not None and value.store is not None
-    if key.shape[2] != value.shape[2]:
+    if key.range[1] - key.range[0] != value.range[1] - value.range[0]:
         raise MikvError(
-            f"a layer's keys have {key.shape[2]} tokens and its values {value.shape[2]}; crop both to the same length"
+            f"a layer's keys have {key.range[1] - key.range[0]} tokens and its values "
+            f"{value.range[1] - value.range[0]}; crop both to the same length"
         )
-    if key.store is value.store:
+    if key.store is value.store and key.range == value.range:
         return key.store
     # Keys and values went different ways, such as a copy of one of them.
-    joined = key.store.joined(value.store)
+    joined = key.store.joined(value.store) if key.range == value.range else None
     if joined is None:
-        joined = _filled(key.store.plan, key.store.site, key.dequantize(), value.dequantize())
+        k, v = (from_layout(_shown(handle), handle.kv_layout) for handle in (key, value))
+        joined = _filled(key.store.plan, key.store.site, k, v)
         joined.count_fallback("keys and values of different stores")
     return joined
 
 
-def _compressed(site: SiteCall, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
+def _shown(handle: Handle) -> torch.Tensor:
+    """The dense tokens that a handle shows, without the unwritten columns of a preallocated cache."""
+    start, end = handle.range
+    return handle.dequantize().narrow(handle.kv_layout.index("T"), 0, end - start)
+
+
+def _compressed(site: SiteCall, key: Any, value: Any, args: Sequence[Any], new: int) -> LayerStore:
     """A store filled from a dense cache that was made elsewhere. Without queries, the newest tokens count most."""
-    shape = CacheShape(key.shape[0], site.kv_heads, site.key_dim, site.value_dim, site.dtype, site.layers)
-    return _filled(site.plan, shape, key, value)
+    token_dim = site.layout.index("T")
+    first, stop = _columns(site, args, key.shape[token_dim], new)
+    seen = stop - first
+    if seen and site.plan.evicts:
+        raise CannotServe(
+            "the cache was filled before this call without scores, and the plan evicts; let the compiled model read "
+            "the prompt as well, or choose a plan that keeps all tokens"
+        )
+    k, v = (from_layout(_plain(x).narrow(token_dim, first, seen), site.layout) for x in (key, value))
+    return _filled(site.plan, site.shape(args), k, v)
+
+
+def _plain(value: Any) -> torch.Tensor:
+    return _dense(value).detach()
 
 
 def _filled(plan: LayerPlan, shape: CacheShape, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
-    """A new store of dense keys and values, as if they were a prompt without scores."""
+    """A new store of dense keys and values `[B, H, T, D]`, as if they were a prompt without scores."""
     length = key.shape[2]
     orders = plan.fill(length)
     store = LayerStore(plan, shape, key.device, orders.counts)
-    scores = torch.zeros(key.shape[:3], device=key.device)
-    # The keys stand in for the queries: the balancer becomes 1.
-    compress(key, key, value, scores, store.typed(), plan.format, orders)
-    store.filled(orders, length)
+    if length:
+        scores = torch.zeros(key.shape[:3], device=key.device)
+        # The keys stand in for the queries: the balancer becomes 1.
+        compress(key, key, value, scores, store.typed(), plan.format, orders)
+        store.filled(orders, length)
     return store
 
 
-def _abandon(stores: Sequence[tuple[SiteCall, LayerStore, Orders, int]]) -> None:
+def _abandon(steps: Sequence[_Step]) -> None:
     """A call failed. Appended tokens lie behind the used slots and do not exist yet, but demotion has moved others."""
-    for site, store, orders, _ in stores:
-        if site.rewritten.key_input is not None and orders.victims:
-            store.spoil(
-                "an error interrupted the step that was moving this cache's tokens between tiers, so it may hold half "
-                "of a step; start again from the prompt"
-            )
+    for step in steps:
+        if step.orders.victims:
+            step.store.spoil(INTERRUPTED)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from mikv_compile import _compat
+from mikv_compile.errors import CannotServe
 
 
 class SizeReader:
@@ -48,3 +49,21 @@ class SizeReader:
             return known[values]
 
         return read
+
+
+def columns_reader(module: GraphModule, inputs: Sequence[int]) -> Callable[[Sequence[Any], int], int]:
+    """A function from a call's arguments, and the number of its new tokens, to the column where they begin.
+
+    Args:
+        module: computes the columns of the new tokens.
+        inputs: which arguments of the call it takes.
+    """
+
+    def read(arguments: Sequence[Any], new: int) -> int:
+        with torch.no_grad():
+            columns = module(*(arguments[i] for i in inputs)).reshape(-1).tolist()
+        if columns != list(range(columns[0], columns[0] + new)):
+            raise CannotServe(f"new tokens are not written side by side, but at columns {columns[:8]}")
+        return columns[0]
+
+    return read

@@ -53,7 +53,9 @@ def analyze(gm: GraphModule, is_compressed: Callable[[Node], bool] = lambda _: F
     for refused in declined:
         log.debug("declined %s", refused)
     for site in sites:
-        log.debug("site %s: keys %s, values %s, %d reads", site.name, site.key.result, site.value.result, len(site.reads))
+        log.debug(
+            "site %s: keys %s, values %s, %d reads", site.name, site.key.result, site.value.result, len(site.reads)
+        )
     read_densely = {site.dense for site in sites}
     declined = [refused for refused in declined if refused.reason not in read_densely]
     return Analysis(tuple(sites), tuple(declined), tuple(attentions), tuple(updates))

@@ -1,291 +1,269 @@
-"""Attention written out: `matmul(softmax(matmul(q, k^T) * scale + mask), v)`.
+"""Attention written out: `softmax(q k^T * scale + mask) v` with two products, in any order that keeps the meaning.
 
-The walk starts at the softmax and goes back along the definitions to the first product (`_Scores`) and on along the
-uses to the second (`_Probabilities`). What lies between may come in any order that keeps the meaning. Both walks note
-the first thing that is not supported and go on, so that only real attention is reported as declined.
+The walk starts at the softmax and finds the first product before and the second behind it (`scores_walk`). The steps
+between are then followed in the order of the computation (`score_steps`), with every dimension of the scores traced to
+the operand it comes from (`axes`). Only what has a product on both sides is reported as declined.
 """
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import argument, as_number, fake, is_op, names, output_positions, rank, same_kind
-from mikv_compile.passes.records import Attention, ScoreTerm
+from mikv_compile.passes.axes import Axis, Dim, Layout, dim_name, layout_names, leaves, name_axes
+from mikv_compile.passes.node_utils import argument, fake, known_equal, operation, same_kind, shape_of, writes_in_place
+from mikv_compile.passes.products import MATMUL_TARGETS as MATMUL_TARGETS
+from mikv_compile.passes.products import Operand, Product, read_product, strip_factors, strip_transpose, widens
+from mikv_compile.passes.records import Attention, Dims
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.views import is_cast, is_key_transpose, is_noop_cast, view_input
-
-MATMUL_TARGETS = (torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "__matmul__", "bmm")
-# Products that are not in a form this file reads; knowing them gives a reason instead of silence.
-_OTHER_PRODUCTS = (torch.baddbmm, "baddbmm", torch.einsum, torch.functional.einsum)
-_SOFTMAX_TARGETS = (F.softmax, torch.softmax, "softmax")
-_ADD_TARGETS = (torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__")
-_MUL_TARGETS = (torch.mul, torch.multiply, operator.mul, "mul", "__mul__", "__rmul__")
-_MUL_INPLACE_TARGETS = (operator.imul, "mul_")
-_DIV_TARGETS = (torch.div, torch.true_divide, operator.truediv, "div", "__truediv__")
-_DIV_INPLACE_TARGETS = (operator.itruediv, "div_")
-_FILL_TARGETS = (torch.masked_fill, "masked_fill", "masked_fill_", torch.where, "where")
-_TANH_TARGETS = (torch.tanh, F.tanh, "tanh")
-_CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
-_SUB_TARGETS = (torch.sub, operator.sub, "sub")
-_DROPOUT_TARGETS = (F.dropout, torch.dropout)
-_MAX_DEPTH = 10  # nodes between product and softmax; bounds the search where both sides of an addition are tried
+from mikv_compile.passes.score_steps import Probabilities, Scores, Unsupported
+from mikv_compile.passes.scores_walk import SOFTMAX, chain_to_values, chains_to_products, side_nodes
+from mikv_compile.passes.views import is_cast, view_input
 
 
 def recognize(node: Node) -> Attention | Declined | None:
-    """Recognize the attention around one softmax over the last dimension of scores `[B, Hq, R, T]`."""
-    if not is_op(node, *_SOFTMAX_TARGETS) or not _over_last_dim(node):
+    """Recognize the attention around one softmax over the last dimension of the scores."""
+    if operation(node) not in SOFTMAX or not _over_last_dim(node):
         return None
-    scores_node = argument(node, 0, "input")
-    if not isinstance(scores_node, Node):
+    source = argument(node, 0, "input")
+    if not isinstance(source, Node):
         return None
-    scores = _walk_scores(scores_node, node)
-    probabilities = _walk_probabilities(node)
-    if scores is None or probabilities is None:
+    before = [chain for chain in chains_to_products(source, node) if _contracts(chain[0])]
+    behind = chain_to_values(node)
+    if not before or behind is None:
         return None  # no product on both sides: a router or a classifier, not attention
-    output = probabilities.product
-
-    def decline(reason: str) -> Declined:
-        return Declined(output.name, "canonicalize", reason)
-
-    for problem in (scores.problem, probabilities.problem):
-        if problem is not None:
-            return decline(problem)
-    query, key_transposed = (argument(scores.product, i, name) for i, name in enumerate(("input", "other")))
-    value = argument(output, 1, "other")
-    for name, operand in (("query", query), ("key", key_transposed), ("value", value)):
-        if rank(operand) != 4:
-            return decline(f"{name} has {rank(operand)} dimensions; only [batch, heads, tokens, head_dim] is supported")
-    query, query_scale, query_nodes = _strip_scale(query, scores.product)
-    key_side = _strip_key(key_transposed, scores.product)
-    if key_side is None:
-        return decline("the key operand is not a transposed [batch, heads, tokens, head_dim] tensor")
-    key, key_scale, key_nodes = key_side
-    if not same_kind(output, query):
-        return decline("the output does not have the dtype of the query")
-    if scores.mask is not None:
-        mask = fake(scores.mask)
-        if mask is None or not mask.dtype.is_floating_point or mask.dim() > 4:
-            return decline(f"the term `{scores.mask.name}` added to the scores is not a floating point mask")
-    idiom = {*query_nodes, *key_nodes, scores.product, *scores.nodes, node, *probabilities.nodes, output}
-    return Attention(
-        output=output,
-        nodes=tuple(sorted(idiom)),
-        query=query,
-        key=key,
-        value=value,
-        terms=() if scores.mask is None else (ScoreTerm("add", scores.mask),),
-        scale=scores.scale * query_scale * key_scale,
-        is_causal=False,
-        enable_gqa=False,
-        form="eager",
-    )
+    try:
+        return _canonical(before, node, behind)
+    except Unsupported as problem:
+        return Declined(behind[-1].name, "canonicalize", str(problem))
 
 
 def _over_last_dim(softmax: Node) -> bool:
-    dim = argument(softmax, 1, "dim")
-    dims = rank(softmax)
-    return isinstance(dim, int) and (dim == -1 or (dims is not None and dim == dims - 1))
+    dim, shape = argument(softmax, 1, "dim"), shape_of(softmax)
+    return isinstance(dim, int) and shape is not None and len(shape) > 1 and dim in (-1, len(shape) - 1)
 
 
-@dataclass
-class _Scores:
-    """The way back from the softmax to the first product."""
-
-    product: Node
-    scale: float = 1.0
-    mask: Node | None = None
-    nodes: list[Node] = field(default_factory=list)
-    problem: str | None = None
+def _contracts(node: Node) -> bool:
+    """Whether a node is a product that sums over one dimension of both factors, or a problematic one."""
+    product = read_product(node)
+    if not isinstance(product, Product):
+        return product is not None
+    return len(set(product.left.letters) & set(product.right.letters) - set(product.letters)) == 1
 
 
-@dataclass
-class _Probabilities:
-    """The way on from the softmax to the second product."""
-
-    product: Node
-    nodes: list[Node] = field(default_factory=list)
-    problem: str | None = None
+def _product(node: Node) -> Product:
+    product = read_product(node)
+    if isinstance(product, Product):
+        return product
+    raise Unsupported(product or f"`{node.name}` is not a product of two tensors")
 
 
-def _only_user(node: Node, user: Node, what: str) -> str | None:
-    """A problem if anything but `user` reads `node`."""
-    others = [other for other in node.users if other is not user]
-    if not others:
-        return None
-    if output_positions(node):
-        return f"the attention {what} are returned by the graph; call the model without output_attentions"
-    return f"the attention {what} are also read by {names(others)}"
+def _canonical(before: list[list[Node]], softmax: Node, behind: list[Node]) -> Attention:
+    """The record of one attention; raises `Unsupported`."""
+    if len(before) > 1:
+        raise Unsupported("two products are added up to scores; scores with a second term are not supported")
+    chain, product, second = before[0], _product(before[0][0]), _product(behind[-1])
+    roles = _Roles(product)
+    scores = Scores.of(product, roles.layout)
+    for node in chain[1:]:
+        scores.step(node)
+    scores.finish()
+    if not (same_kind(softmax, chain[-1]) or _widens(chain[-1], softmax)):
+        raise Unsupported(f"`{softmax.name}` computes softmax in a lower precision than the scores")
+    roles.find_tokens(scores.tokens)
+    probabilities = Probabilities(scores.layout, scores if scores.sinks is not None else None)
+    for source, node in zip([softmax, *behind], behind[:-1], strict=False):
+        probabilities.step(node, source)
+    if probabilities.sinks is not None:
+        raise Unsupported("the sink column joined to the scores is not cut off before the product with the values")
+    roles.bind_values(second, behind[-2] if len(behind) > 1 else softmax, probabilities.layout)
+    roles.name()
+
+    query = strip_factors(roles.query, product.node)
+    key = strip_factors(roles.key, product.node)
+    if not key.letters.endswith(roles.channels):
+        key = strip_factors(strip_transpose(key, product.node), product.node)
+    value = strip_factors(roles.value, second.node, factors=False)
+    output = _back_to_kind(second.node, query.node)
+    for operand in (query, key, value):
+        if not same_kind(operand.node, output):
+            raise Unsupported(f"the output does not have the dtype of the operand `{operand.node.name}`")
+    terms = tuple(term.record() for term in scores.terms)
+    if scores.sinks is not None and layout_names(scores.sink_layout) != ("b", "kg", "r", "t"):
+        raise Unsupported(f"the sinks `{scores.sinks.name}` are not joined to scores [batch, heads, rows, tokens]")
+
+    idiom = {*query.nodes, *key.nodes, *value.nodes, *chain, softmax, *behind, output}
+    side, problem = side_nodes(idiom, output)
+    if problem is not None:
+        raise Unsupported(problem)
+    idiom |= side
+    sinks = [] if scores.sinks is None else [scores.sinks]
+    _check_operands([query.node, key.node, value.node, *(term.node for term in terms), *sinks], idiom, output)
+    scale, softcap = scores.softcap()
+    return Attention(
+        output=output,
+        nodes=tuple(sorted(idiom)),
+        query=query.node,
+        key=key.node,
+        value=value.node,
+        terms=terms,
+        scale=scale * query.scale * key.scale,
+        is_causal=False,
+        enable_gqa=False,
+        form="eager",
+        softcap=softcap,
+        sinks=scores.sinks,
+        query_dims=roles.query_dims(query.letters),
+        key_dims=roles.key_dims(key),
+        value_dims=roles.value_dims(value),
+        output_dims=roles.output_dims,
+    )
 
 
-def _walk_scores(node: Node, user: Node, depth: int = 0) -> _Scores | None:
-    """Walk back from `node`, which `user` reads, to the product; None if there is none."""
-    if depth > _MAX_DEPTH:
-        return None
-    if is_op(node, *MATMUL_TARGETS):
-        return _Scores(node, problem=_only_user(node, user, "scores"))
-    if is_op(node, *_OTHER_PRODUCTS):
-        return _Scores(node, problem=f"`{node.name}` computes the scores in a form that is not supported yet")
-    step = _score_step(node, depth + 1)
-    if step is None:
-        return None
-    found, own_problem = step
-    problem = _only_user(node, user, "scores")
-    found.nodes.append(node)
-    found.problem = found.problem or problem or own_problem
-    return found
+class _Roles:
+    """Which dimension of query, key, value and output is what."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        shapes = {operand: shape_of(operand.node) or () for operand in (product.left, product.right)}
+        sizes = dict(zip(product.letters, shape_of(product.node) or (), strict=True))
+        shared = [x for x in product.left.letters if x in product.right.letters and x in product.letters]
+        self._axes = {letter: Axis(size, flat=shared == [letter]) for letter, size in sizes.items()}
+        for operand, shape in shapes.items():
+            for letter, size in zip(operand.letters, shape, strict=True):
+                both = letter in product.left.letters and letter in product.right.letters
+                if letter not in self._axes and not both:
+                    raise Unsupported(f"`{product.node.name}` sums over a dimension of one factor only")
+                if letter not in self._axes:
+                    self.channels = letter
+                    self._axes[letter] = Axis(size)
+        self.query, self.key, self.value = product.left, product.right, product.right
+        self.output_dims: Dims = ()
+        self._tokens: Axis | None = None
+        self._value_axes: dict[str, Dim] = {}
+
+    @property
+    def layout(self) -> Layout:
+        """The dimensions of the first product."""
+        return tuple((self._axes[letter],) for letter in self._product.letters)
+
+    def find_tokens(self, tokens: tuple[Axis, ...]) -> None:
+        """Tell key from query: softmax goes over the tokens of the key."""
+        letters = [letter for letter, axis in self._axes.items() if tokens == (axis,)]
+        if len(letters) != 1 or (letters[0] in self.query.letters and letters[0] in self.key.letters):
+            raise Unsupported("softmax does not go over exactly the tokens of the key")
+        if letters[0] in self.query.letters:
+            self.query, self.key = self.key, self.query
+        if any(x not in self.query.letters and x != letters[0] for x in self.key.letters):
+            raise Unsupported("the key has a dimension besides the tokens that the query lacks")
+        self._tokens = self._axes[letters[0]]
+        for letter, size in zip(self.query.letters, shape_of(self.query.node) or (), strict=True):
+            if not known_equal(size, self._axes[letter].size):
+                raise Unsupported("the query is broadcast along a dimension of the keys")
+
+    def bind_values(self, product: Product, probabilities: Node, layout: Layout) -> None:
+        """Find the values: the other factor of the second product; its dimensions are those of the probabilities."""
+        is_left = product.left.node is probabilities
+        if is_left == (product.right.node is probabilities):
+            raise Unsupported("the probabilities are not one factor of the product with the values")
+        own, self.value = (product.left, product.right) if is_left else (product.right, product.left)
+        if product.alpha != 1 or product.bias is not None:
+            raise Unsupported(f"`{product.node.name}` does more than multiply probabilities and values")
+        axes = dict(zip(own.letters, layout, strict=True))
+        summed = [letter for letter in own.letters if letter not in product.letters]
+        if len(summed) != 1 or leaves(axes[summed[0]]) != (self._tokens,) or summed[0] not in self.value.letters:
+            side = "" if is_left else ": they are the right side"
+            raise Unsupported(f"the product of probabilities and values does not sum over exactly the tokens{side}")
+        channels = [letter for letter in self.value.letters if letter not in axes]
+        if len(channels) != 1 or channels[0] not in product.letters:
+            raise Unsupported("the values have more dimensions than batch, heads, tokens and channels")
+        rows = {leaf for x in self.query.letters if x not in self.key.letters for leaf in self._axes[x].leaves()}
+        if any(leaf in rows for x in self.value.letters if x in axes for leaf in leaves(axes[x])):
+            raise Unsupported("the values differ from query row to query row")
+        before = dict(zip(own.letters, shape_of(own.node) or (), strict=True))
+        for letter, size in zip(product.letters, shape_of(product.node) or (), strict=True):
+            if letter in before and not known_equal(before[letter], size):
+                raise Unsupported("the probabilities are broadcast along a dimension of the values")
+        self._channel_axis = Axis(None)
+        self._channel_axis.name = "d"
+        self._value_axes = {**axes, channels[0]: (self._channel_axis,)}
+        self._output_letters = product.letters
+
+    def name(self) -> None:
+        """Name all axes."""
+        query_only = [x for x in self.query.letters if x not in self.key.letters]
+        batch = [x for x in self.query.letters if x in self.key.letters and x != self.channels]
+        rows_last = True
+        if len(query_only) == 2:
+            letters = self.query.letters if len(batch) > 1 else self._product.letters
+            if len(batch) > 1:  # [B, R, H, G, D]: the heads that share keys stand behind their KV head
+                after = letters[letters.index(batch[-1]) + 1 :][:1]
+                rows_last = after != query_only[1]
+            else:
+                rows_last = letters.index(query_only[0]) < letters.index(query_only[1])
+        problem = name_axes(
+            [self._axes[x] for x in batch], [self._axes[x] for x in query_only], rows_outer_first=rows_last
+        )
+        if problem:
+            raise Unsupported(problem)
+        assert self._tokens is not None
+        self._tokens.name = "t"
+        self._axes[self.channels].name = "d"
+        self.output_dims = tuple(dim_name(self._value_axes[x]) for x in self._output_letters)
+
+    def query_dims(self, letters: str) -> Dims:
+        """Names of the query's dimensions."""
+        return tuple(dim_name((self._axes[letter],)) for letter in letters)
+
+    def key_dims(self, key: Operand) -> Dims:
+        """Names of the key's dimensions."""
+        return _shared_dims(key, {letter: (axis,) for letter, axis in self._axes.items()})
+
+    def value_dims(self, value: Operand) -> Dims:
+        """Names of the value's dimensions."""
+        return _shared_dims(value, self._value_axes)
 
 
-def _score_step(node: Node, depth: int) -> tuple[_Scores, str | None] | None:
-    """One step of the walk: what lies before `node`, changed by what `node` does, and a problem with `node`."""
-    first = argument(node, 0, "input")
-    scale = _scalar_factor(node, inplace=True)
-    if scale is not None:
-        tensor, factor = scale
-        found = _walk_scores(tensor, node, depth)
-        if found is None:
-            return None
-        if found.mask is not None:
-            return found, f"`{node.name}` scales the mask together with the scores"
-        found.scale *= factor
-        return found, None
-    if is_op(node, *_ADD_TARGETS):
-        return _add_step(node, depth)
-    if is_op(node, *_MUL_TARGETS, *_MUL_INPLACE_TARGETS, *_DIV_TARGETS, *_DIV_INPLACE_TARGETS):
-        return _stop(node, depth, f"the scores are scaled by `{node.name}`, which is not a plain number")
-    if is_op(node, *_FILL_TARGETS):
-        return _stop(node, depth, f"masking by `{node.name}` (masked_fill or where) is not supported yet")
-    if is_op(node, *_TANH_TARGETS):
-        return _stop(node, depth, "the scores are soft-capped (tanh), which is not supported yet")
-    if is_op(node, *_CAT_TARGETS):
-        return _stop(node, depth, "a sink column is concatenated to the scores, which is not supported yet")
-    if is_op(node, *_SUB_TARGETS):
-        return _stop(node, depth, f"`{node.name}` subtracts something from the scores, which is not supported yet")
-    if isinstance(first, Node) and is_noop_cast(node):
-        found = _walk_scores(first, node, depth)
-        return None if found is None else (found, None)
-    if isinstance(first, Node) and is_cast(node):
-        return _stop(node, depth, f"the scores are cast by `{node.name}` before softmax; use `softmax(..., dtype=...)`")
-    if view_input(node) is not None:
-        return _stop(node, depth, f"`{node.name}` reshapes or slices the scores before the softmax")
-    return None
+def _shared_dims(operand: Operand, axes: Mapping[str, Dim]) -> Dims:
+    """Names of the dimensions of key or value; the query heads of one KV head are 1 there if they broadcast."""
+    names = []
+    for letter, size in zip(operand.letters, shape_of(operand.node) or (), strict=True):
+        name = dim_name(axes[letter])
+        names.append("1" if name == "g" and known_equal(size, 1) else name)
+    return tuple(names)
 
 
-def _stop(node: Node, depth: int, problem: str) -> tuple[_Scores, str] | None:
-    """Go on from a node that is not supported, only to learn whether a product lies before it."""
-    inputs = [value for value in node.all_input_nodes if rank(value) is not None]
-    for value in inputs:
-        found = _walk_scores(value, node, depth)
-        if found is not None:
-            found.problem = found.problem if is_op(node, *_SUB_TARGETS) and found.problem else problem
-            return found, problem
-    return None
+def _widens(before: Node, after: Node) -> bool:
+    left, right = fake(before), fake(after)
+    return left is not None and right is not None and left.device == right.device and widens(left.dtype, right.dtype)
 
 
-def _add_step(node: Node, depth: int) -> tuple[_Scores, str | None] | None:
-    """An addition: one side leads to the product, the other is the mask."""
-    left, right = argument(node, 0, "input"), argument(node, 1, "other")
-    sides = [(a, b) for a, b in ((left, right), (right, left)) if isinstance(a, Node)]
-    walked = [(found, other) for a, other in sides if (found := _walk_scores(a, node, depth)) is not None]
-    if not walked:
-        return None
-    found, mask = walked[0]
-    if len(walked) == 2:
-        return found, f"`{node.name}` adds two products; scores with a second term are not supported yet"
-    if not isinstance(mask, Node) or rank(mask) is None or node.kwargs.get("alpha", 1) != 1:
-        return found, f"`{node.name}` adds something to the scores that is not a mask tensor"
-    if found.mask is not None:
-        return found, "two terms are added to the scores (a mask and a position bias); add them up before"
-    found.mask = mask
-    return found, None
+def _back_to_kind(output: Node, query: Node) -> Node:
+    """The cast behind the output that brings it back to the dtype of the query, if there is one."""
+    if not same_kind(output, query) and len(output.users) == 1:
+        (user,) = output.users
+        if is_cast(user) and view_input(user) is output and same_kind(user, query):
+            return user
+    return output
 
 
-def _scalar_factor(node: Node, *, inplace: bool) -> tuple[Node, float] | None:
-    """`(x, s)` if `node` is `x * s` or `x / s` for a plain number s that keeps the dtype of x."""
-    mul = _MUL_TARGETS + (_MUL_INPLACE_TARGETS if inplace else ())
-    div = _DIV_TARGETS + (_DIV_INPLACE_TARGETS if inplace else ())
-    left, right = argument(node, 0, "input"), argument(node, 1, "other")
-    if is_op(node, *mul):
-        tensor, factor = (left, as_number(right)) if as_number(right) is not None else (right, as_number(left))
-    elif is_op(node, *div) and "rounding_mode" not in node.kwargs:
-        divisor = as_number(right)
-        tensor, factor = left, (1.0 / divisor if divisor else None)
-    else:
-        return None
-    if not isinstance(tensor, Node) or factor is None or not same_kind(tensor, node):
-        return None
-    return tensor, float(factor)
+def _check_operands(operands: list[Node], idiom: set[Node], output: Node) -> None:
+    """Operands live on without the idiom, and hold at `output` what they held when the idiom read them."""
+    for operand in operands:
+        if operand in idiom:
+            raise Unsupported(f"`{operand.name}` is computed from the scores")
+        node, base = min(user for user in operand.users if user in idiom), _base(operand)
+        while node is not output:
+            target = node.args[0] if node.args else None
+            if node not in idiom and writes_in_place(node) and isinstance(target, Node) and _base(target) is base:
+                raise Unsupported(f"`{operand.name}` is changed in place by `{node.name}` while attention is computed")
+            node = node.next
 
 
-def _walk_probabilities(softmax: Node) -> _Probabilities | None:
-    """Walk on from the softmax to the product with the values; None if there is none."""
-    nodes: list[Node] = []
-    problem: str | None = None
-    node = softmax
-    while True:
-        following = [(user, why) for user in node.users if (why := _probability_step(node, user)) is not None]
-        if not following:
-            return None
-        product = next((pair for pair in following if _is_product(node, pair[0])), None)
-        user, why = product or following[0]
-        problem = problem or _only_user(node, user, "probabilities") or (why or None)
-        if product is not None:
-            return _Probabilities(user, nodes, problem)
-        nodes.append(user)
-        node = user
-
-
-def _is_product(node: Node, user: Node) -> bool:
-    return is_op(user, *MATMUL_TARGETS, *_OTHER_PRODUCTS) and node in user.all_input_nodes
-
-
-def _probability_step(node: Node, user: Node) -> str | None:
-    """Whether `user` may stand between the softmax and the values: None no, "" yes, else a problem."""
-    if is_op(user, *MATMUL_TARGETS):
-        is_left = argument(user, 0, "input") is node and argument(user, 1, "other") is not node
-        return "" if is_left else "the probabilities are the right side of the product with the values"
-    if is_op(user, *_OTHER_PRODUCTS):
-        return f"`{user.name}` multiplies with the values in a form that is not supported yet"
-    if is_op(user, *_DROPOUT_TARGETS):
-        return _dropout_problem(user)
-    if user.op not in ("call_function", "call_method") or view_input(user) is not node:
-        return None
-    if is_noop_cast(user) or is_cast(user):
-        return ""  # back to the dtype of the values; the product checks that they agree
-    return f"`{user.name}` slices or reshapes the probabilities (attention sinks do); this is not supported yet"
-
-
-def _dropout_problem(user: Node) -> str:
-    p = argument(user, 1, "p", 0.5)
-    training = argument(user, 2, "train" if is_op(user, torch.dropout) else "training", True)
-    if training is False or as_number(p) == 0:
-        return ""
-    return f"dropout with p={p} changes the output at random; call `model.eval()`"
-
-
-def _strip_scale(node: Node, user: Node) -> tuple[Node, float, list[Node]]:
-    """The operand behind `operand * number`, the number, and the nodes stripped, if only `user` reads them."""
-    scale = _scalar_factor(node, inplace=False)
-    if scale is None or set(node.users) != {user}:
-        return node, 1.0, []
-    return scale[0], scale[1], [node]
-
-
-def _strip_key(node: Node, user: Node) -> tuple[Node, float, list[Node]] | None:
-    """Strip the transpose, and a scalar factor before or after it, from the key operand `[B, H, D, T]`."""
-    node, outer, nodes = _strip_scale(node, user)
-    user = nodes[-1] if nodes else user
-    while is_noop_cast(node) and set(node.users) == {user}:
-        nodes.append(node)
-        user, node = node, node.all_input_nodes[0]
-    if not is_key_transpose(node):
-        return None
-    if set(node.users) != {user}:
-        return None
-    nodes.append(node)
-    key, inner, inner_nodes = _strip_scale(node.all_input_nodes[0], node)
-    return key, outer * inner, nodes + inner_nodes
+def _base(node: Node) -> Node:
+    """The tensor that a node may be a view of."""
+    source = view_input(node)
+    while source is not None:
+        node, source = source, view_input(source)
+    return node

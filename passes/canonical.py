@@ -1,4 +1,4 @@
-"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows or tokens, channels]`, one mask."""
+"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask."""
 
 from __future__ import annotations
 
@@ -128,8 +128,7 @@ def _bias(graph: Graph, node: Node, term: ScoreTerm) -> Node:
     if term.kind == "keep":
         return graph.call_function(torch.where, (node, 0.0, float("-inf")))
     if term.kind == "fill":
-        inverted = getattr(term, "inverted", False)
-        values = (0.0, term.value) if inverted else (term.value, 0.0)
+        values = (0.0, term.value) if term.inverted else (term.value, 0.0)
         return graph.call_function(torch.where, (node, *values))
     return node if term.value == 1.0 else graph.call_function(torch.mul, (node, term.value))
 
@@ -163,4 +162,3 @@ def with_sinks(graph: Graph, out: Node, lse: Node, sinks: Node) -> tuple[Node, N
     share = graph.call_method("unsqueeze", (share, -1))
     scaled = graph.call_function(torch.mul, (out, share))
     return graph.call_method("type_as", (scaled, out)), total
-

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from mikv_compile._compat import statically_known_true
@@ -21,10 +22,132 @@ _INPLACE_OPERATORS = tuple(
 )
 
 
+# One name for operations that torch spells in several ways; in-place forms lose their underscore.
+_SAME_OPERATION = {
+    "iadd": "add", "radd": "add", "isub": "sub", "subtract": "sub", "imul": "mul", "rmul": "mul", "multiply": "mul",
+    "truediv": "div", "itruediv": "div", "true_divide": "div", "divide": "div", "rtruediv": "rdiv",
+    "concat": "cat", "concatenate": "cat", "special_softmax": "softmax", "negative": "neg", "clip": "clamp",
+}  # fmt: skip
+# Operations whose functions in torch, torch.nn.functional and operator are told by name; views have their own table.
+_OPERATIONS = [
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    "softmax",
+    "scaled_dot_product_attention",
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "truediv",
+    "true_divide",
+    "multiply",
+    "subtract",
+    "divide",
+    "neg",
+    "negative",
+    "tanh",
+    "masked_fill",
+    "where",
+    "cat",
+    "concat",
+    "concatenate",
+    "max",
+    "maximum",
+    "amax",
+    "clamp",
+    "clamp_min",
+    "clip",
+    "dropout",
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "full",
+    "full_like",
+    "zeros",
+    "zeros_like",
+    "ones",
+    "ones_like",
+    "scalar_tensor",
+    "tensor",
+    "pow",
+    "exp",
+    "log",
+    "relu",
+    "sigmoid",
+    "abs",
+    "nan_to_num",
+    "pad",
+    "narrow",
+    "detach",
+    "getitem",
+    "topk",
+    "scatter",
+    "index_fill",
+    "masked_scatter",
+    "softplus",
+    "finfo",
+    "index_copy",
+    "index_put",
+    "slice_scatter",
+    "roll",
+    "setitem",
+]
+_FUNCTIONS = {
+    function: _SAME_OPERATION.get(name, name)
+    for module in (torch, F, operator)
+    for name in _OPERATIONS
+    if (function := getattr(module, name, None)) is not None and callable(function)
+}
+_FUNCTIONS.update({torch.special.softmax: "softmax", torch.Tensor.matmul: "matmul"})
+
+
+_ATEN_TYPES = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
+
+
+def aten_name(target: object) -> str | None:
+    """`softmax` for `torch.ops.aten.softmax.int` and `torch.ops.aten.softmax`; None for everything else."""
+    if not isinstance(target, _ATEN_TYPES):
+        return None
+    namespace, name = str(target).split(".")[:2]
+    return name if namespace == "aten" else None
+
+
+def operation(node: object) -> str | None:
+    """The name of what a node calls, the same for a method, a function, an operator, their in-place forms and ATen.
+
+    None for calls of anything that is not torch's own.
+    """
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return None
+    if node.op == "call_method":
+        name: str | None = str(node.target)
+        if name.startswith("__") and name.endswith("__"):  # type: ignore[union-attr]
+            name = name[2:-2]  # type: ignore[index]
+    else:
+        name = aten_name(node.target)
+    if name is not None:
+        name = name if name.startswith("_") or not name.endswith("_") else name[:-1]
+        return _SAME_OPERATION.get(name, name)
+    try:
+        return _FUNCTIONS.get(node.target)  # type: ignore[call-overload]
+    except TypeError:  # a target that cannot be hashed
+        return None
+
+
 def is_op(node: object, *targets: object) -> bool:
-    """Whether `node` calls one of `targets`: functions, or method names given as strings."""
+    """Whether `node` calls one of `targets`: functions, or method names given as strings.
+
+    An ATen overload counts as the function or method of its name.
+    """
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return False
+    name = aten_name(node.target)
+    if name is not None:
+        return any(target in (name, node.target) or getattr(target, "__name__", None) == name for target in targets)
     wanted_type_is_str = node.op == "call_method"
     return any(isinstance(target, str) == wanted_type_is_str and node.target == target for target in targets)
 
@@ -131,6 +254,9 @@ def writes_in_place(node: Node) -> bool:
     """Whether a node changes one of its arguments; errs on the side of True."""
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and node.op == "call_function":
+        return bool(schema.is_mutable)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return is_op(node, *_INPLACE_OPERATORS) or (
         node.op in ("call_method", "call_function")

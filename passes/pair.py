@@ -1,7 +1,7 @@
 """Stage "pair": join the keys and the values of a layer with the attention calls that read them to one site.
 
-A site is read by attention calls alone (`reads`), or, if anything else needs the cached numbers, as a dense tensor: then the
-cache still leaves the graph compressed, and this layer's part of it is dequantized where the model reads it.
+A site is read by attention calls alone (`reads`), or, if anything else needs the cached numbers, as a dense tensor:
+then the cache still leaves the graph compressed, and this layer's part of it is dequantized where the model reads it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from mikv_compile.passes.node_utils import (
     known_different,
     known_equal,
     names,
+    operation,
     shape_of,
     source_name,
     writes_in_place,
 )
 from mikv_compile.passes.records import Attention, CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
+from mikv_compile.passes.scores_walk import SOFTMAX
 from mikv_compile.passes.views import NotAView, ViewPath, aliases, match_dims, trace_to_source, view_input
 
 __all__ = ["Site", "pair"]
 
-_SOFTMAX_TARGETS = (F.softmax, torch.softmax, "softmax", *SDPA_TARGETS)
 _OPAQUE_TARGETS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -72,6 +73,8 @@ class _Pairing:
         self._of_source = {source: update for update in updates for source in update.all_sources}
         self._layouts = {source: update.layout for source, update in self._of_source.items()}
         self._declined: list[Declined] = []
+        self._touched: dict[Node, list[Node]] = {}
+        """Results of the updates that an attention reads at least in part, by its output."""
         self._not_caches: dict[Node, str] = {}
         """Results of updates that are not to be taken over, with the reason."""
 
@@ -117,12 +120,16 @@ class _Pairing:
 
     def _trace(self, attention: Attention) -> tuple[ViewPath, ViewPath]:
         """Where the key and the value operand come from."""
-        paths = []
+        paths: list[ViewPath] = []
+        refusal: str | None = None
         for what, operand in (("key", attention.key), ("value", attention.value)):
             try:
                 paths.append(trace_to_source(operand, self._layouts))
+                self._touched.setdefault(attention.output, []).append(self._of_source[paths[-1].source].result)
             except NotAView as problem:
-                raise _Refused(f"the {what} is not read from a cache: {problem}") from None
+                refusal = refusal or f"the {what} is not read from a cache: {problem}"
+        if refusal is not None:
+            raise _Refused(refusal)
         return paths[0], paths[1]
 
     def _fused(self, key: CacheUpdate, value: CacheUpdate, reads: list[Read]) -> Site | str:
@@ -131,7 +138,9 @@ class _Pairing:
             for update, views in ((key, "key_views"), (value, "value_views")):
                 _check_users(update, reads, [node for read in reads for node in getattr(read, views)])
                 _check_not_overwritten(update, max(read.attention.output for read in reads))
-            return Site(reads[0].attention.output.name, key, value, tuple(reads), starts_empty=_starts_empty(key, value))
+            return Site(
+                reads[0].attention.output.name, key, value, tuple(reads), starts_empty=_starts_empty(key, value)
+            )
         except _Refused as reason:
             for read in reads:
                 self._reasons[read.attention.output.name] = str(reason)
@@ -159,7 +168,7 @@ class _Pairing:
         todo, seen = list(update.all_sources), set(update.all_sources)
         while todo:
             node = todo.pop(0)
-            if is_op(node, *_SOFTMAX_TARGETS):
+            if is_op(node, *SDPA_TARGETS) or operation(node) in SOFTMAX:
                 return node
             following = list(node.users)
             if writes_in_place(node) and node.all_input_nodes:
@@ -189,7 +198,8 @@ class _Pairing:
         said = {site.dense for site in sites}
         for attention in self._attentions:
             reason = self._reasons.get(attention.output.name)
-            if reason is not None and reason not in said:
+            served = any(result in in_sites for result in self._touched.get(attention.output, ()))
+            if reason is not None and reason not in said and not served:
                 self._declined.append(Declined(attention.output.name, "pair", reason))
         for update in self._updates:
             if update.result not in in_sites:
@@ -213,9 +223,7 @@ class _Order:
         return self.node < other.node
 
 
-def _join(
-    attention: Attention, key_path: ViewPath, value_path: ViewPath, key: CacheUpdate, value: CacheUpdate
-) -> Read:
+def _join(attention: Attention, key_path: ViewPath, value_path: ViewPath, key: CacheUpdate, value: CacheUpdate) -> Read:
     """Check that an attention reads two updates in a way that can be served from the compressed cache."""
     if key is value:
         raise _Refused("key and value are read from the same cached tensor")
@@ -250,9 +258,11 @@ def _reads_all(update: CacheUpdate, stop: Any) -> bool:
         if stop is not None:
             raise _Refused("attention reads only a slice of the cache")
         return True
+    new = shape_of(update.new)
+    if update.born and new is not None and known_equal(stop, new[update.token_dim]):
+        return False  # a new cache is filled from its start; the callable checks that it is
     if isinstance(update.position, Node) or update.position is None:
         raise _Refused("attention reads a slice of the cache, and the graph does not tell where the new tokens end")
-    new = shape_of(update.new)
     if new is None or not known_equal(stop, update.position + new[update.token_dim]):
         raise _Refused("attention reads a slice of the cache that does not end with the new tokens")
     return False
@@ -309,9 +319,8 @@ def _size(dims: Sequence[str], shape: tuple[Any, ...], letter: str) -> Any:
 def _check_names(key: CacheUpdate, value: CacheUpdate) -> None:
     """Refuse keys and values whose places in the user's objects show different layers."""
     if not _same_owner(key, value):
-        raise _NotACache(
-            f"key and value caches are crossed: keys from {source_name(key.past)}, values from {source_name(value.past)}"
-        )
+        places = f"keys from {source_name(key.past)}, values from {source_name(value.past)}"
+        raise _NotACache(f"key and value caches are crossed: {places}")
 
 
 def _same_owner(key: CacheUpdate, value: CacheUpdate) -> bool:
@@ -337,9 +346,14 @@ def _belong_together(first: CacheUpdate, second: CacheUpdate) -> bool:
     one, other = shape_of(first.new), shape_of(second.new)
     if one is None or other is None or first.layout != second.layout or len(first.layout) != 4:
         return False
+    lengths = [shape_of(u.result if u.past is None else u.past) for u in (first, second)]
+    if any(shape is None for shape in lengths) or known_different(*(s[first.token_dim] for s in lengths)):  # type: ignore[index]
+        return False
     kinds = [(u.born, u.kind, u.tail, u.keep, u.written is None) for u in (first, second)]
     same = all(known_equal(one[i], other[i]) for i, letter in enumerate(first.layout) if letter != "D")
-    return same and kinds[0] == kinds[1] and first.past is not second.past and _same_owner(first, second)
+    return (
+        same and kinds[0] == kinds[1] and (first.born or first.past is not second.past) and _same_owner(first, second)
+    )
 
 
 def _groups(
@@ -362,6 +376,8 @@ def _groups(
             query_heads = size // batch if not known_equal(batch, 1) else size
         elif letters == "b" and not known_equal(size, batch):
             raise _Refused("query, key and value do not surely have the same batch size")
+    if known_equal(query_heads, kv_heads * repeats) and known_equal(repeats, 1):
+        return 1
     if not isinstance(query_heads, int) or not isinstance(kv_heads, int):
         raise _Refused("the number of heads is symbolic")
     if query_heads % kv_heads:
@@ -389,12 +405,14 @@ def _check_reads_after_write(path: ViewPath, update: CacheUpdate, attention: Att
 def _check_users(update: CacheUpdate, reads: Sequence[Read], views: Collection[Node]) -> None:
     """Refuse if the cached numbers have a reader besides attention, the outputs and questions about their size."""
     own = {node for read in reads for node in read.attention.nodes} | set(views) | set(update.nodes)
-    harmless = {*own, *update.all_sources, *update.metadata_users, update.result.graph.output_node()}
+    output = update.result.graph.output_node()
+    harmless = {*own, *update.all_sources, *update.metadata_users, output}
     seen = {*update.all_sources} - ({update.new} if update.kind == "replace" else set())
     if update.past is not None:
         seen.add(update.past)
     extra = {user for node in seen for user in node.users if user not in harmless}
-    extra |= {user for view in views for user in view.users if user not in own and user not in harmless}
+    harmless -= {output}  # what is returned must be the whole cache
+    extra |= {user for view in views for user in view.users if user not in harmless}
     if extra:
         raise _Refused(f"the values of the cache update `{update.result.name}` are also read by {names(sorted(extra))}")
     for read in reads:
@@ -412,4 +430,3 @@ def _check_not_overwritten(update: CacheUpdate, last: Node) -> None:
     for user in (user for member in aliases(root) for user in member.users):
         if writes_in_place(user) and user.args[0] in aliases(root) and begin < user < last:
             raise _Refused(f"`{user.name}` overwrites the new tokens in place after the cache update")
-

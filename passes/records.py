@@ -25,6 +25,8 @@ class ScoreTerm:
     value: float = 1.0
     dims: Dims = ("b", "kg", "r", "t")
     """Dimensions of the scores that it broadcasts to."""
+    inverted: bool = False
+    """fill only: it is filled where `node` is False."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Attention:
 class CacheUpdate:
     """One place where new tokens join a cached tensor.
 
-    The updated tensor holds columns of the past, then the new tokens, then, in preallocated caches, columns that were not
-    written yet.
+    The updated tensor holds columns of the past, then the new tokens, then, in preallocated caches, columns that were
+    not written yet.
     """
 
     result: Node
@@ -82,7 +84,7 @@ class CacheUpdate:
     new: Node
     """The new tokens, in the layout of the cache."""
     layout: str
-    """What the dimensions of the cached tensor are: "BHTD", "BTHD", ... (batch, KV heads, tokens, channels), or "BTD"."""
+    """What its dimensions are: "BHTD", "BTHD", ... (batch, KV heads, tokens, channels), or "BTD" for one head."""
     kind: str
     """The write idiom, such as "cat"."""
     outputs: tuple[int, ...] = ()

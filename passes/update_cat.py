@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mikv_compile.passes.attention_eager import MATMUL_TARGETS
-from mikv_compile.passes.attention_sdpa import SDPA_TARGETS
 from mikv_compile.passes.node_utils import (
     argument,
     fake,
     is_metadata,
-    is_op,
     known_equal,
+    names,
+    operation,
     output_positions,
     rank,
     same_kind,
@@ -23,9 +22,7 @@ from mikv_compile.passes.node_utils import (
 )
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.views import slice_of_tokens, view_input
-
-CAT_TARGETS = (torch.cat, torch.concat, torch.concatenate)
+from mikv_compile.passes.views import in_place_writers, slice_of_tokens, view_input
 
 LAYOUTS = {4: {2: "BHTD", 1: "BTHD", 0: "TBHD", 3: "BHDT"}, 3: {1: "BTD"}}
 """By rank and the dimension that tokens are written along."""
@@ -38,11 +35,13 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
     newest tokens, returned or copied back into a preallocated cache, as sliding windows do. Concatenations that do not
     look like a cache (rotary embeddings, sinks) give None.
     """
-    if not is_op(node, *CAT_TARGETS):
+    if operation(node) != "cat":
         return None
     tensors = argument(node, 0, "tensors")
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
-    if not _looks_like_cache(node, tensors):
+    dims = rank(node)
+    layout = LAYOUTS[dims].get(dim % dims) if isinstance(dim, int) and dims in LAYOUTS else None
+    if not _looks_like_cache(node, tensors, layout):
         return None
 
     def decline(reason: str) -> Declined:
@@ -50,8 +49,6 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
 
     if len(tensors) != 2:
         return decline(f"{len(tensors)} tensors are concatenated; a cache update has two, [past, new]")
-    dims = rank(node)
-    layout = LAYOUTS[dims].get(dim % dims) if isinstance(dim, int) and dims in LAYOUTS else None
     if layout is None:
         return decline(f"concatenates along dim={dim} of {dims}, which is not where a cache has its tokens")
     past, new = tensors
@@ -72,6 +69,8 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
     capacity = None if written is None else shape_of(cached)[layout.index("T")]  # type: ignore[index]
     if (first != 0 or position is not None) and written is None:
         return decline("a part of the cache is dropped before new tokens are appended")
+    if cached is not None and in_place_writers(cached) != ([] if written is None else [written]):
+        return decline(f"the cached tensor is also written in place by {names(in_place_writers(cached))}")
     readers = dict.fromkeys([*(cached.users if cached is not None else ()), *node.users])
     return CacheUpdate(
         result=node,
@@ -132,24 +131,21 @@ def _kept(
             continue
         if output_positions(user) and set(user.users) == {node.graph.output_node()}:
             return output_positions(user), -cut[0], None, (user,)
-        writes = [copy for copy in user.users if is_op(copy, "copy_") and copy.args[0] is cached]
-        if cached is not None and len(writes) == 1 and set(user.users) == set(writes):
-            if known_equal(shape_of(cached)[layout.index("T")], -cut[0]):  # type: ignore[index]
-                return (), -cut[0], writes[0], (user, writes[0])
+        writes = [copy for copy in user.users if operation(copy) == "copy" and copy.args[0] is cached]
+        if cached is None or len(writes) != 1 or set(user.users) != set(writes):
+            continue
+        if known_equal(shape_of(cached)[layout.index("T")], -cut[0]):  # type: ignore[index]
+            return (), -cut[0], writes[0], (user, writes[0])
     return None
 
 
-def _looks_like_cache(node: Node, tensors: Any) -> bool:
+def _looks_like_cache(node: Node, tensors: Any, layout: str | None) -> bool:
     """Whether this is worth a report: cached or empty tensors joined to something returned or attended to."""
     if not isinstance(tensors, list | tuple) or rank(node) not in LAYOUTS:
         return False
-    if not any(
-        is_empty(tensor, "BHTD"[-rank(node) :] if rank(node) == 4 else "BTD")  # type: ignore[operator]
-        or is_cached_tensor(tensor)
-        or (isinstance(tensor, Node) and is_cached_tensor(view_input(tensor)) and rank(tensor) == rank(node))
-        for tensor in tensors
-    ):
-        return False
+    known = layout or "BHTD"[-(rank(node) or 4) :]
+    if not any(is_empty(tensor, known) or is_cached_tensor(tensor) for tensor in tensors):
+        return layout is not None and _cached(tensors[0], layout)[0] is not None and feeds_attention(node)
     return bool(output_positions(node)) or feeds_attention(node)
 
 
@@ -159,7 +155,7 @@ def feeds_attention(node: Node) -> bool:
     todo = [node]
     while todo:
         for user in todo.pop().users:
-            if is_op(user, *SDPA_TARGETS, *MATMUL_TARGETS):
+            if operation(user) in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
                 return True
             if user not in seen and view_input(user) is not None:
                 seen.add(user)

@@ -1,46 +1,29 @@
-"""Preallocated sliding window: all tokens move left to make room for new ones, or a prompt replaces the whole window."""
+"""Preallocated sliding window: all tokens move left to make room, or a prompt replaces the whole window."""
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import (
-    argument,
-    fake,
-    is_metadata,
-    is_op,
-    known_equal,
-    same_kind,
-    shape_of,
-    writes_in_place,
-)
+from mikv_compile.passes.node_utils import argument, fake, is_metadata, known_equal, operation, same_kind, shape_of
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
-from mikv_compile.passes.views import aliases, slice_of_tokens, view_input
-
-_ROLL = (torch.roll, "roll")
+from mikv_compile.passes.views import in_place_writers, slice_of_tokens, view_input
 
 
 def recognize(node: Node) -> CacheUpdate | Declined | None:
     """Recognize `cache.copy_(x)` where x is the cache rolled by its new tokens, or the newest tokens of a prompt."""
-    if not is_op(node, "copy_") or not is_cached_tensor(node.args[0]) or not isinstance(node.args[1], Node):
+    if operation(node) != "copy" or not is_cached_tensor(node.args[0]) or not isinstance(node.args[1], Node):
         return None
     cached, source = node.args[0], node.args[1]
-    writers = [
-        user for member in aliases(cached) for user in member.users if writes_in_place(user) and user.args[0] is member
-    ]
-    if writers != [node] or not same_kind(cached, source) or not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
+    if in_place_writers(cached) != [node] or not same_kind(cached, source) or not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
         return None
     return _rolled(node, cached, source) or _replaced(node, cached, source)
 
 
 def _rolled(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
     """`x = cache.roll(-1, dim); x[:, :, [-1]] = new; cache.copy_(x)`."""
-    if not is_op(source, *_ROLL) or argument(source, 0, "input") is not cached:
+    if operation(source) != "roll" or argument(source, 0, "input") is not cached:
         return None
     shift, dim = argument(source, 1, "shifts"), argument(source, 2, "dims")
     shift = shift[0] if isinstance(shift, tuple | list) and len(shift) == 1 else shift
@@ -50,7 +33,7 @@ def _rolled(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
         return None
     layout = LAYOUTS[len(shape)].get(dim % len(shape))
     users = [user for user in source.users if user is not node]
-    if layout is None or len(users) != 1 or not is_op(users[0], operator.setitem) or users[0].args[0] is not source:
+    if layout is None or len(users) != 1 or operation(users[0]) != "setitem" or users[0].args[0] is not source:
         return None
     index, new = users[0].args[1], users[0].args[2]
     token_dim = layout.index("T")
@@ -70,7 +53,7 @@ def _is_last(index: tuple[object, ...], token_dim: int, size: object) -> bool:
     if isinstance(item, slice):
         return item in (slice(-1, None), slice(-1, None, None))
     if isinstance(item, Node):
-        return is_op(item, torch.tensor) and item.args[0] in ([-1], (-1,)) and known_equal(size, size)
+        return operation(item) == "tensor" and item.args[0] in ([-1], (-1,)) and known_equal(size, size)
     return item in ([-1], (-1,))
 
 
@@ -82,7 +65,7 @@ def _replaced(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
         return None
     for layout in LAYOUTS[len(shape)].values():
         cut = slice_of_tokens(source, layout)
-        if cut is None or not isinstance(cut[0], int) or cut[1] is not None or is_op(new, torch.cat):
+        if cut is None or not isinstance(cut[0], int) or cut[1] is not None or operation(new) == "cat":
             continue
         if known_equal(shape[layout.index("T")], -cut[0]):
             return _update(node, cached, new, layout, "replace", position=0, result=new, nodes=(source,))

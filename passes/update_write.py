@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from mikv_compile.passes.node_utils import (
     argument,
     fake,
     is_metadata,
-    is_op,
     known_equal,
+    operation,
     output_positions,
     rank,
     same_kind,
@@ -25,13 +24,9 @@ from mikv_compile.passes.node_utils import (
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
-from mikv_compile.passes.views import aliases, is_alias, slice_bounds, view_input
+from mikv_compile.passes.views import aliases, in_place_writers, is_alias, slice_bounds, view_input
 
-_INDEX_COPY = (torch.index_copy, "index_copy", "index_copy_")
-_INDEX_PUT = (torch.index_put, torch.index_put_, "index_put", "index_put_")
-_SLICE_SCATTER = (torch.slice_scatter, "slice_scatter")
-_SCATTER = (torch.scatter, "scatter", "scatter_")
-_ZEROS = (torch.zeros, torch.zeros_like, "new_zeros")
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 @dataclass(frozen=True)
@@ -80,14 +75,10 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
     if any(not known_equal(a, b) for i, (a, b) in enumerate(zip(shape, new_shape, strict=True)) if i != token_dim):
         raise _NotSupported("the new tokens fill only a part of the cache's batch, heads or channels")
     in_place = writes_in_place(node)
-    family = aliases(root)
-    writers = [
-        user for member in family for user in member.users if writes_in_place(user) and user.args[0] is member
-    ]
-    if in_place and writers != [node]:
+    if in_place_writers(root) != ([node] if in_place else []):
         raise _NotSupported("this graph writes more than once into the cache")
     if in_place:
-        sources = tuple(sorted(n for n in family if is_alias_of(n, root) and not _precedes(n, node, root)))
+        sources = tuple(sorted(n for n in aliases(root) if is_alias_of(n, root) and not _precedes(n, node, root)))
         value = node if fake(node) is not None else root
     else:
         sources, value = (), node
@@ -134,7 +125,7 @@ def _root(target: Node) -> Node | None:
     """The cached tensor that `target` is: a graph input, or zeros made in this graph."""
     while (source := view_input(target)) is not None and is_alias(target):
         target = source
-    if is_cached_tensor(target) or (is_op(target, *_ZEROS) and rank(target) in LAYOUTS):
+    if is_cached_tensor(target) or (operation(target) in _ZEROS and rank(target) in LAYOUTS):
         return target
     return None
 
@@ -144,20 +135,21 @@ def _as_write(node: Node) -> _Write | None:
     target = argument(node, 0, "input", node.kwargs.get("self"))
     if not isinstance(target, Node) or rank(target) not in LAYOUTS:
         return None
-    if is_op(node, *_INDEX_COPY):
+    name = operation(node)
+    if name == "index_copy":
         dim, index, new = (argument(node, i, name) for i, name in ((1, "dim"), (2, "index"), (3, "source")))
         return _Write(target, dim, _columns(index, new, dim), new, ()) if isinstance(new, Node) else None
-    if is_op(node, operator.setitem) or is_op(node, *_INDEX_PUT):
+    if name in ("setitem", "index_put"):
         return _indexed(node, target)
-    if is_op(node, *_SLICE_SCATTER):
+    if name == "slice_scatter":
         new, dim = argument(node, 1, "src"), argument(node, 2, "dim", 0)
         start, stop = argument(node, 3, "start"), argument(node, 4, "end")
         if argument(node, 5, "step", 1) != 1 or not isinstance(new, Node):
             return None
         return _Write(target, dim, _start(target, dim, start, stop, new), new, ())
-    if is_op(node, *_SCATTER):
+    if name == "scatter":
         return _scattered(node, target)
-    if is_op(node, "copy_"):
+    if name == "copy":
         return _copied(node, target)
     return None
 
@@ -252,7 +244,7 @@ def _keeps_dim(node: Node, dim: int, size: Any) -> bool:
     shape = shape_of(node)
     if shape is None:
         return False
-    if is_op(node, "expand", "expand_as"):
+    if operation(node) in ("expand", "expand_as"):
         return known_equal(shape[dim], size)
     real = [i for i, s in enumerate(shape) if not known_equal(s, 1)]
     return not real or (len(real) == 1 and known_equal(shape[real[0]], size) and real[0] - len(shape) == dim - 4)

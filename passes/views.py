@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from mikv_compile.passes.node_utils import (
     argument,
+    aten_name,
     fake,
     is_attribute,
     is_number,
@@ -26,6 +27,7 @@ from mikv_compile.passes.node_utils import (
     shape_of,
     value_of,
     var_arguments,
+    writes_in_place,
 )
 from mikv_compile.passes.records import Dims
 
@@ -34,8 +36,9 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _EXPANDS = {"expand", "expand_as", "broadcast_to"}
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
-_OTHERS = {"unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow"}
+_OTHERS = {"t", "unsqueeze", "squeeze", "permute", "repeat", "repeat_interleave", "narrow", "slice"}
 _METHODS = _COPIES | _CASTS | _EXPANDS | _RESHAPES | _SWAPS | _OTHERS
+_ATEN_NAMES = {"_unsafe_view": "view", "_to_copy": "to", "lift_fresh": "alias"}
 _FUNCTIONS = {getattr(torch, name): name for name in sorted(_METHODS) if callable(getattr(torch, name, None))}
 
 
@@ -76,6 +79,10 @@ def op_name(node: Node) -> str | None:
         return "getitem"
     if node.target is builtins.getattr:
         return "mT" if is_attribute(node, "mT") else None
+    aten = aten_name(node.target)
+    if aten is not None:
+        aten = _ATEN_NAMES.get(aten, aten)
+        return aten if aten in _METHODS else None
     try:
         return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     except TypeError:  # a target that cannot be hashed
@@ -102,19 +109,19 @@ def is_cast(node: Node) -> bool:
     return view_input(node) is not None and op_name(node) in _CASTS
 
 
-def is_key_transpose(node: object) -> bool:
-    """Whether a node swaps the last two dimensions of a 4-D tensor, in any spelling."""
-    if not isinstance(node, Node) or op_name(node) not in _SWAPS | {"permute", "mT"}:
-        return False
+def permutation(node: object) -> tuple[int, ...] | None:
+    """The order of dimensions that a transpose or permute of any spelling makes; None if it is something else."""
+    if not isinstance(node, Node) or op_name(node) not in _SWAPS | {"permute", "mT", "t"}:
+        return None
     source = view_input(node)
     shape = shape_of(source)
-    if shape is None or len(shape) != 4:
-        return False
-    order: Layout = tuple((Axis(name, 2),) for name in "BHTD")
+    if shape is None or len(shape) < 2:
+        return None
+    order: Layout = tuple((Axis(str(i), 2),) for i in range(len(shape)))
     try:
-        return _apply(node, order, shape, shape) == (order[0], order[1], order[3], order[2])
+        return tuple(int(dim[0].name) for dim in _apply(node, order, shape, shape))
     except NotAView:
-        return False
+        return None
 
 
 def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
@@ -145,8 +152,8 @@ def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
 def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
     """How often each head of the cache is repeated in an operand whose dimensions should be `dims`, and its tokens.
 
-    The letters are those of :data:`~mikv_compile.passes.records.Dims`. Heads must be interleaved: `kg` holds each KV head
-    several times in a row. The axis of the tokens is None if there is one token for sure.
+    The letters are those of :data:`~mikv_compile.passes.records.Dims`. Heads must be interleaved: `kg` holds each KV
+    head several times in a row. The axis of the tokens is None if there is one token for sure.
 
     Raises:
         NotAView: if the dimensions hold something else.
@@ -156,6 +163,8 @@ def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
     repeats, tokens = 1, None
     for axes, letters in zip(layout, dims, strict=True):
         left = list(axes)
+        if "k" in letters and any(axis.name == "H" for axis in axes) and letters[0] == "k" and axes[0].name != "H":
+            raise NotAView("the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave")
         for letter in letters:
             wanted = {"b": "B", "k": "H", "t": "T", "d": "D"}.get(letter)
             if wanted is not None and left and left[0].name == wanted:
@@ -164,16 +173,9 @@ def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
             while letter == "g" and left and left[0].name == "repeat":
                 repeats *= left.pop(0).size
         if left:
-            raise NotAView(_why_unlike(left, letters))
+            held = " x ".join(axis.name for axis in axes)
+            raise NotAView(f"after the views between, the dimension for {letters!r} holds {held} of the cache")
     return repeats, tokens
-
-
-def _why_unlike(left: list[Axis], letters: str) -> str:
-    """What is wrong with a dimension that holds `left` beyond what `letters` say."""
-    if "k" in letters and left[0].name == "repeat" and any(axis.name == "H" for axis in left):
-        return "the heads are tiled (0 1 0 1), not repeated in a row (0 0 1 1); use repeat_interleave"
-    held = " x ".join(axis.name for axis in left)
-    return f"after the views between, the dimension for {letters!r} holds {held} of the cache"
 
 
 def _kind(node: Node) -> str:
@@ -206,7 +208,7 @@ def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
     dims = list(layout)
     if name == "getitem":
         return _index(node, layout, in_shape, out_shape)
-    if name == "mT":
+    if name in ("mT", "t"):
         dims[-1], dims[-2] = dims[-2], dims[-1]
         return tuple(dims)
     if name in _SWAPS:
@@ -221,7 +223,7 @@ def _apply(node: Node, layout: Layout, in_shape: Any, out_shape: Any) -> Layout:
         return tuple(dims)
     if name == "squeeze":
         return _squeeze(node, layout)
-    if name == "narrow":
+    if name in ("narrow", "slice"):
         return _narrow(node, layout, in_shape, out_shape)
     if name == "repeat":
         return _tile(node, layout)
@@ -308,8 +310,8 @@ def _index(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tup
 
 
 def _narrow(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tuple[Any, ...]) -> Layout:
-    """The layout after `x.narrow(dim, 0, length)`."""
-    dim = _dim(node, argument(node, 1, "dim"), len(layout))
+    """The layout after `x.narrow(dim, 0, length)`, and after ATen's `slice(x, dim, 0, stop)`."""
+    dim = _dim(node, argument(node, 1, "dim", 0), len(layout))
     result = list(layout)
     if not known_equal(in_shape[dim], out_shape[dim]):
         result[dim] = _prefix(node, slice(argument(node, 2, "start"), None), layout[dim], out_shape[dim])
@@ -347,6 +349,12 @@ def aliases(root: Node) -> list[Node]:
     return list(found)
 
 
+def in_place_writers(root: Node) -> list[Node]:
+    """Every node that writes into a tensor or a view of it, in graph order."""
+    found = [user for member in aliases(root) for user in member.users if writes_in_place(user) and user.args]
+    return sorted(dict.fromkeys(user for user in found if user.args[0] in aliases(root)))
+
+
 def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
     """`(dim, start, stop)`, maybe symbolic, if a node takes a slice of one dimension and all of the others."""
     source = view_input(node)
@@ -359,6 +367,11 @@ def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
         if not isinstance(dim, int) or isinstance(start, torch.Tensor) or out is None:
             return None
         return dim % len(shape), start, start + out[dim % len(shape)]
+    if name == "slice":
+        dim, start, stop = (argument(node, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "end")))
+        whole = isinstance(stop, int) and stop > 2**60
+        bounds = (dim or 0) % len(shape), value_of(start), None if whole else value_of(stop)
+        return None if argument(node, 4, "step", 1) != 1 else bounds
     if name != "getitem":
         return None
     index = argument(node, 1, "index")

@@ -40,8 +40,8 @@ def test_prefill_and_decode_with_dynamic_cache(attention):
     assert len(seen) == 3  # prefill, decode, decode with a symbolic length
     for i, (analysis, result) in enumerate(seen):
         assert analysis.declined == () and result.declined == ()
-        assert [site.groups for site in analysis.sites] == [2] * config.num_hidden_layers
+        assert [site.reads[0].groups for site in analysis.sites] == [2] * config.num_hidden_layers
         assert [site.born for site in analysis.sites] == [i == 0] * config.num_hidden_layers
-        assert {site.attention.form for site in analysis.sites} == {attention}
-        assert {site.attention.scale for site in analysis.sites} == {0.25}
+        assert {site.reads[0].attention.form for site in analysis.sites} == {attention}
+        assert {site.reads[0].attention.scale for site in analysis.sites} == {0.25}
         assert len(result.sites) == config.num_hidden_layers

@@ -10,7 +10,7 @@ class DenseLowering:
     """The oracle: the buffers of a site are its dense caches, and a step is plain attention over them."""
 
     def __init__(self):
-        self.born = []
+        self.born, self.updated, self.read, self.appended = [], [], [], []
 
     def buffers(self, site):
         if site.born:
@@ -20,19 +20,30 @@ class DenseLowering:
     def source(self, site, name):
         return {"keys": site.key, "values": site.value}[name].past._dynamo_source
 
-    def emit_born(self, graph, site, operands, buffers):
-        self.born.append((site.name, operands.key_new.name, operands.value_new.name))
+    def emit_born(self, graph, site, first, new, buffers):
+        self.born.append((site.name, new.key.name, new.value.name))
 
-    def emit_step(self, graph, site, operands, buffers):
+    def emit_attend(self, graph, site, operands, new, buffers):
         def full(name, new_tokens):
             joined = graph.call_function(torch.cat, ([buffers[name], new_tokens], 2))
             return graph.call_function(torch.repeat_interleave, (joined, operands.groups), {"dim": 1})
 
-        return graph.call_function(
+        output = graph.call_function(
             F.scaled_dot_product_attention,
-            (operands.query, full("keys", operands.key_new), full("values", operands.value_new), operands.mask),
+            (operands.query, full("keys", new.key), full("values", new.value), operands.mask),
             {"scale": operands.scale},
         )
+        return output, output
+
+    def emit_update(self, graph, site, operands, lse, new, buffers):
+        self.updated.append(site.name)
+
+    def emit_read(self, graph, site, columns, buffers):
+        self.read.append((site.name, columns))
+        return buffers["keys"], buffers["values"]
+
+    def emit_append(self, graph, site, new, buffers):
+        self.appended.append(site.name)
 
 
 def rewritten(gm, lowering=None):
@@ -132,9 +143,9 @@ def test_born_reads_the_new_tokens_directly():
 
 def test_emit_born_stands_right_behind_the_attention():
     class Emit(DenseLowering):
-        def emit_born(self, graph, site, operands, buffers):
-            graph.call_function(torch.neg, (operands.key_new,))
-            graph.call_function(torch.abs, (operands.value_new,))
+        def emit_born(self, graph, site, first, new, buffers):
+            graph.call_function(torch.neg, (new.key,))
+            graph.call_function(torch.abs, (new.value,))
 
     def prefill(q, k, v):
         keys = torch.cat([torch.tensor([]), k + 1], -2)
