@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -106,6 +107,12 @@ class Machine(RuleBasedStateMachine):
     def forget(self) -> None:
         raise NotImplementedError
 
+    def compiles(self, name: str) -> bool:
+        return COMPILED.get(name) == self.layout
+
+    def query(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.rand(like.shape[self.batch_dim], like.shape[self.layout.index("H")], 1, DIM, generator=self.random)
+
     def teardown(self) -> None:
         self.forget()
         if sys.exc_info()[0] is not None:
@@ -113,6 +120,26 @@ class Machine(RuleBasedStateMachine):
         if len(living):
             gc.collect()
         assert not len(living), f"{len(living)} stores leaked"
+
+
+COMPILED = {"fp": "BHTD", "fp by age": "BTHD", "k4v2": "BHTD"}
+"""Plans and the layout in which steps also run as compiled code; each combination is traced."""
+
+
+def step(cache, new, query, token_dim, heads_dim):
+    """What a model does with a growing cache; any layout whose head dimension is ``heads_dim``."""
+    cache.handles = [torch.cat([old, x], dim=token_dim) for old, x in zip(cache.handles, new, strict=True)]
+    k, v = (x.transpose(heads_dim, 1) for x in cache.handles)
+    return F.scaled_dot_product_attention(query, k, v)
+
+
+def write_step(cache, new, query, position, token_dim, heads_dim):
+    """What a model does with a preallocated cache, whose columns up to the new ones are seen."""
+    for held, x in zip(cache.handles, new, strict=True):
+        held.index_copy_(token_dim, position, x)
+    k, v = (x.transpose(heads_dim, 1) for x in cache.handles)
+    mask = torch.arange(k.shape[2])[None, :] <= position[:, None]
+    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask)
 
 
 class Branch:
@@ -179,6 +206,27 @@ class Growing(Machine):
         ]
         made = Branch(handles, dense, branch.requantized + store.recompressed - before)
         self.put(made, None if keep else at)
+
+    @precondition(lambda self: self.compiles(self.name))
+    @rule(which=which, count=st.sampled_from([1, 1, 3]))
+    def compiled_step(self, which, count):
+        """Attention over all that the branch shows, and one or more tokens more."""
+        at, branch = self.one(which)
+        batch, heads = branch.dense[0].shape[self.batch_dim], branch.dense[0].shape[self.layout.index("H")]
+        new = [to_layout(x, self.layout).contiguous() for x in self.tokens(count, batch, heads)]
+        query, dims = self.query(branch.dense[0]), (self.token_dim, self.layout.index("H"))
+        plain = Branch(branch.handles, list(branch.dense), branch.requantized)
+        before = branch.handles[0].store.recompressed
+        fast = Branch(list(branch.handles), plain.dense)
+        with torch.no_grad():
+            got = compiled[step](fast, new, query, *dims)
+            dense = Branch(plain.dense, [])
+            want = step(dense, new, query, *dims)
+        assert all(isinstance(h, KVTensor) for h in fast.handles)
+        if not self.steps[0]:
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        again = fast.handles[0].store.recompressed - before
+        self.put(Branch(fast.handles, dense.handles, branch.requantized + again), at)
 
     @rule(which=which, data=st.data(), front=st.booleans(), keep=st.booleans())
     def crop(self, which, data, front, keep):
@@ -281,7 +329,7 @@ class Preallocated(Machine):
     )  # fmt: skip
     def begin(self, name, layout, batch, seed, taken_over):
         store = self.start(name, layout, batch, seed)
-        self.heads = store.site.kv_heads
+        self.name, self.heads = name, store.site.kv_heads
         handles = [
             make_preallocated(store, role, self.layout, self.CAPACITY)
             if taken_over
@@ -360,6 +408,28 @@ class Preallocated(Machine):
                     t.index_copy_(self.token_dim, torch.arange(stop, stop + count), tokens[role])
             if reads:
                 self.same_as_dense()
+
+    @precondition(lambda self: self.compiles(self.name))
+    @rule(rewind=st.integers(0, 3))
+    def compiled_step(self, rewind):
+        """A step at the end, or a bit before: what lies behind is no longer there afterwards."""
+        stop = self.pair.handles[0].range[1] - self.pair.handles[0].range[0]
+        ends = [h.range for h in self.pair.handles]
+        place = max(stop - rewind, 0)
+        if ends[0] != ends[1] or place >= self.CAPACITY:
+            return
+        new, position = [x.contiguous() for x in self.new(1)], torch.tensor([place])
+        query, dims = self.query(self.pair.dense[0]), (self.token_dim, self.layout.index("H"))
+        dense = Branch(self.pair.dense, [])
+        for d in self.pair.dense:
+            d[self.at(self.token_dim, slice(place, None))] = 0
+        with torch.no_grad():
+            got = compiled[write_step](self.pair, new, query, position, *dims)
+            want = write_step(dense, new, query, position, *dims)
+        self.writes += 1
+        assert self.pair.handles[0].store.length == place + 1
+        if not self.steps[0]:
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
     @rule(
         roles=which_roles,
@@ -460,14 +530,18 @@ class Preallocated(Machine):
             assert torch.equal(kept.dequantize(), want)
 
 
+compiled = {}
+
+
 def run(machine, examples, steps):
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck),
-            derandomize=examples < 1000,
-        ),
+    for function in (step, write_step):
+        compiled[function] = torch.compile(function, backend="mikv", options={"lower": "eager", "budget": 1.0})
+    chosen = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck),
+        derandomize=examples < 1000,
     )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        run_state_machine_as_test(machine, settings=chosen)
 
 
 @pytest.mark.parametrize("machine", [Growing, Preallocated])

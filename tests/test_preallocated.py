@@ -309,3 +309,36 @@ def test_another_branch_keeps_its_tokens():
     new = fill([key, value], 3, first=2)
     assert torch.equal(kept.dequantize(), tokens[0]) and kept.store is not key.store
     assert key.store is value.store and torch.equal(key[:, :, 2:5], new[0])
+
+
+@pytest.mark.parametrize("capacity", [None, C])
+def test_a_graph_that_is_declined_writes_through(capacity):
+    """torch calls a backend's function with ``__torch_function__`` turned off."""
+    key, value = (
+        pair()
+        if capacity is None
+        else (KVTensor(s := new_store(), "key", capacity=C), KVTensor(s, "value", capacity=C))
+    )
+    tokens = fill([key, value])
+
+    def step(key, value, x):
+        key[:, :, 1::2] = x  # no attention, and no neighbouring columns
+        value.mul_(2)
+        return key.sum() + value.sum()
+
+    x = torch.randn(B, H, 1, D)
+    dense = [key + 0, value + 0]
+    with torch.no_grad():
+        got = torch.compile(step, backend="mikv", options={"lower": "eager"})(key, value, x)
+        want = step(*dense, x)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(key + 0, dense[0]) and torch.equal(value + 0, dense[1])
+    assert torch.equal(value[:, :, :5], 2 * tokens[1])
+
+
+def test_a_call_that_reads_only_the_last_columns_moves_none():
+    """A store forgets what no call sees, but the columns of a preallocated cache are still there."""
+    key, value = pair()
+    tokens = fill([key, value])
+    key.store.drop_before(3)
+    assert key.range == (0, 5) and torch.equal(key[:, :, :5], tokens[0])
