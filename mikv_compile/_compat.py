@@ -179,6 +179,6 @@ def must_run_eagerly() -> bool:
 must_run_eagerly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def untraced(function: Any) -> Any:
-    """The function, at which Dynamo breaks the graph."""
-    return torch.compiler.disable(function)
+def untraced(function: Any, reason: str) -> Any:
+    """The function, at which Dynamo breaks the graph, or says the reason with ``fullgraph=True``."""
+    return torch.compiler.disable(function, reason=reason)

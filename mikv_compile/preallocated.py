@@ -460,7 +460,9 @@ _COPIES: dict[str, Callable[..., torch.Tensor | None]] = {
 }
 
 
-_eager_untraced = _compat.untraced(_eager)
+_eager_untraced = _compat.untraced(
+    _eager, "it touches a compressed KV cache, which only graphs compiled with backend='mikv' can do"
+)
 
 
 class PreallocatedKV(torch.Tensor):

@@ -15,7 +15,7 @@ from mikv_compile.kernels.formats import Orders
 from mikv_compile.kernels.store_ops import compress
 from mikv_compile.passes import RewrittenSite
 from mikv_compile.plan import CacheShape, LayerPlan
-from mikv_compile.preallocated import PreallocatedKV, take_over
+from mikv_compile.preallocated import PreallocatedKV, absorb, take_over
 from mikv_compile.store import INTERRUPTED, LayerStore, Role, from_layout
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class CompressedGraph:
     def _write_back(self, args: Sequence[Any], dense: dict[int, Any]) -> None:
         for i in self._written & dense.keys():
             if isinstance(args[i], Handle) and args[i] is not dense[i]:
-                args[i].copy_(dense[i])
+                absorb(args[i], dense[i])  # not copy_: torch calls backends with __torch_function__ off
 
 
 def _commit(step: _Step, outputs: list[Any]) -> None:

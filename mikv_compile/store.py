@@ -325,6 +325,11 @@ class LayerStore:
         alive = [(key, reference()) for key, reference in list(self._handles.items())]
         return [h for key, h in alive if h is not None and key not in mine and not h.is_preallocated]
 
+    def _followers(self) -> list[KVTensor | PreallocatedKV]:
+        """Living handles of preallocated caches that show this store."""
+        alive = [reference() for reference in list(self._handles.values())]
+        return [h for h in alive if h is not None and h.is_preallocated and h.store is self]
+
     def continued_from(self, handles: tuple[KVTensor | PreallocatedKV, ...]) -> LayerStore:
         """The store that a call may append to, given the handles that it was called with.
 
@@ -350,12 +355,10 @@ class LayerStore:
     def _moved_on(self) -> LayerStore:
         """A copy that this store's preallocated handles follow from now on."""
         made = self.copy()
-        for reference in list(self._handles.values()):
-            handle = reference()
-            if handle is not None and handle.is_preallocated:
-                self._handles.pop(id(handle), None)
-                handle.store = made
-                made.register(handle)
+        for handle in self._followers():
+            self._handles.pop(id(handle), None)
+            handle.store = made
+            made.register(handle)
         return made
 
     # Reading ---------------------------------------------------------------------------------------------------------
@@ -512,17 +515,18 @@ class LayerStore:
         """Forget tokens before an absolute ``position``: those of a sliding window's front.
 
         Memory is given back once at least ``max(block, 64)`` tokens can go, and whole blocks go at a time. Tokens that
-        a living handle still shows stay. Only for plans with :attr:`~mikv_compile.plan.LayerPlan.is_fifo`.
+        a living handle still shows stay. Plans without :attr:`~mikv_compile.plan.LayerPlan.is_fifo` keep their memory.
 
         Returns:
             How many tokens were physically dropped; ``base`` has grown by it.
         """
-        if not self.plan.is_fifo:
-            raise MikvError("only a plan that keeps tokens first in, first out can drop them from the front")
         self.check_usable()
         if self._pending:
             return 0
-        self.start = max(self.start, min(position, self.end))
+        # A preallocated handle shows as many as fit: its columns must not move because a call reads fewer of them.
+        self.start = max(self.start, min([position, self.end, *(h.range[0] for h in self._followers())]))
+        if not self.plan.is_fifo:
+            return 0
         free = min([self.start, *(other.range[0] for other in self._others())]) - self.base
         lower = self.plan.format.tiers[1:]
         shift = 0

@@ -8,7 +8,10 @@ from decoder import Decoder, inputs, run
 
 import mikv_compile
 from mikv_compile import EvictedTokensError, KVTensor, MikvError, UnusableCacheError, cache_report
+from mikv_compile.config import Options
 from mikv_compile.kernels import dispatch
+from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.store import LayerStore
 
 PLANS = {
     "full": {"budget": 1.0},
@@ -427,9 +430,123 @@ def test_prompt_in_inference_mode_and_steps_outside():
     assert got[-1].isfinite().all() and isinstance(cache.keys[0], KVTensor)
 
 
-def test_what_is_left_of_a_front_crop_is_dense_and_right():
+# Layouts, ranges and windows
+
+
+def new_store(sliding=False, batch=2, heads=2, dim=16, **options):
+    shape = CacheShape(batch, heads, dim, dim, torch.float32)
+    plan = Planner(Options.parse(options)).layer(0, shape, sliding=sliding)
+    return LayerStore(plan, shape, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD", "TBHD", "BHDT", "BTD", "TBD"])
+def test_layouts(layout):
+    heads = 2 if "H" in layout else 1
+    store = new_store(heads=heads, budget=1.0)
+    k, v = torch.randn(2, heads, 50, 16), torch.randn(2, heads, 50, 16)
+    store.append(k, v)
+    key = KVTensor(store, "key", layout)
+    dense = (k if "H" in layout else k[:, 0]).permute([("BHTD" if "H" in layout else "BTD").index(d) for d in layout])
+    assert key.kv_layout == layout and torch.equal(key.dequantize(), dense)
+    batch, token = layout.index("B"), layout.index("T")
+    for operation in (
+        lambda t: t.narrow(token, 10, 30), lambda t: t.narrow(token, 10, 30).narrow(token - len(layout), 5, 5),
+        lambda t: t.index_select(batch, torch.tensor([1, 1, 0])), lambda t: t.repeat_interleave(3, dim=batch),
+        lambda t: t.narrow(batch, 1, 1), lambda t: t[(slice(None),) * batch + (torch.tensor([-1, 0]),)],
+        lambda t: t.clone(), copy.deepcopy,
+    ):  # fmt: skip
+        got, want = operation(key), operation(dense)
+        assert isinstance(got, KVTensor) and got.kv_layout == layout and torch.equal(got.dequantize(), want)
+    assert store.fallbacks == {}
+    assert key.narrow(token, 7, 0).numel() == 0 and torch.equal(key.transpose(0, 1), dense.transpose(0, 1))
+    assert torch.equal(torch.stack(key.split(25, token)), torch.stack(dense.split(25, token)))
+
+
+def test_layouts_that_cannot_be():
+    store = new_store(budget=1.0)
+    for layout in ("BTD", "BHT", "XHTD", "BBTD"):
+        with pytest.raises(MikvError, match="not a permutation"):
+            KVTensor(store, "key", layout)
+    with pytest.raises(MikvError, match="positions 0 to 5 are not in a store"):
+        KVTensor(store, "key", start=0, stop=5)
+
+
+def test_slicing_off_the_front_is_not_read():
     decoder, fast, cache, dense = filled(options={"budget": 1.0})
     for c in (cache, dense):
-        c.keys, c.values = [k[:, :, 10:] for k in c.keys], [v[:, :, 10:] for v in c.values]
+        c.keys, c.values = [k[:, :, 10:] for k in c.keys], [v[:, :, -140:] for v in c.values]
+    assert cache.keys[0].range == (10, 150) and cache.keys[0].store is cache.values[0].store
+    no_reads(cache)
     got, want = run(fast, cache, inputs([1, 1], seed=2)), run(decoder, dense, inputs([1, 1], seed=2))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+SLIDING = {
+    "full": {"budget": 1.0},
+    "default": {},
+    "three": {"tiers": "int8:0.1,int4:0.3,int2", "quantizer": "mikv", "window": 8, "flush_every": 4},
+    "evicting": {"tiers": "int8:0.05,k4v2:0.2"},
+}
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_memory_of_a_window_stays_bounded(name):
+    """5,000 tokens, of which the last 100 are shown: HF's sliding layers slice off the front in every step."""
+    store, window = new_store(sliding=True, **SLIDING[name]), 100
+    assert store.plan.is_fifo and not store.plan.evicts
+    tokens = torch.rand(2, 2, 5000, 16) * 2 - 1
+    key, most = None, 0
+    for stop in range(5, 5001, 5):
+        if key is not None:
+            assert store.continued_from((key,)) is store
+        new = tokens[:, :, stop - 5 : stop]
+        store.append(new, new)
+        key = KVTensor(store, "key", start=max(stop - window, 0))
+        store.drop_before(key.range[0])
+        most = max(most, store.nbytes)
+        if stop % 500 == 0:
+            error = (key.dequantize() - tokens[:, :, key.range[0] : key.range[1]]).abs().max()
+            assert error == 0 if name == "full" else error < 0.4
+    assert store.length < 300 and store.base == 5000 - store.length
+    fresh = new_store(sliding=True, **SLIDING[name])
+    fresh.append(tokens[:, :, :300], tokens[:, :, :300])
+    assert most <= 1.5 * fresh.nbytes
+
+
+def test_a_prompt_longer_than_the_window_gives_its_memory_back():
+    store = new_store(sliding=True)
+    tokens = torch.randn(2, 2, 4000, 16)
+    store.append(tokens, tokens)
+    before = store.nbytes
+    kept = KVTensor(store, "key", start=3000, stop=3100)
+    store.drop_before(3900)
+    assert store.base <= 3000 and store.length >= 1000
+    want = kept.dequantize()
+    del kept
+    store.drop_before(3900)
+    assert store.length < 200 and store.nbytes < before / 10 and want.shape[2] == 100
+
+
+def test_the_front_is_dropped_from_both_tiers():
+    store = new_store(sliding=True, tiers="fp:0.2,fp", quantizer="mikv", window=3, flush_every=4)
+    tokens = torch.randn(2, 2, 300, 16)
+    for i in range(0, 300, 3):
+        store.append(tokens[:, :, i : i + 3], tokens[:, :, i : i + 3])
+    assert min(store.counts) > 10
+    store.drop_before(100)
+    assert store.base == 100 and torch.equal(store.dequantize("value"), tokens[:, :, 100:])
+    store.drop_before(290)
+    assert store.counts == (10, 0) and torch.equal(store.dequantize("key"), tokens[:, :, 290:])
+    store.write(295, tokens[:, :, :20], tokens[:, :, :20])
+    assert store.end == 315 and torch.equal(store.dequantize("key")[:, :, 5:], tokens[:, :, :20])
+    with pytest.raises(MikvError, match="left the window"):
+        store.write(100, tokens[:, :, :1], tokens[:, :, :1])
+
+
+def test_orders_say_where_the_view_starts():
+    store = new_store(sliding=True)
+    assert store.prepare(5, first=0, fresh=True).fresh
+    tokens = torch.randn(2, 2, 30, 16)
+    store.append(tokens, tokens)
+    orders = store.prepare(1, first=7)
+    assert (orders.first, orders.length, orders.fresh) == (7, 30, False)

@@ -1,0 +1,344 @@
+"""Preallocated caches that were taken over: what eager code and Dynamo see, and what is refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mikv_compile import EvictedTokensError, KVTensor, MikvError
+from mikv_compile.config import Options
+from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.preallocated import PreallocatedKV, make_preallocated, take_over
+from mikv_compile.store import LayerStore, shape_in
+
+B, H, C, D = 2, 2, 24, 8
+
+
+def new_store(sliding=False, **options):
+    shape = CacheShape(B, H, D, D, torch.float32)
+    plan = Planner(Options.parse(options or {"budget": 1.0})).layer(0, shape, sliding=sliding)
+    return LayerStore(plan, shape, torch.device("cpu"))
+
+
+def pair(layout="BHTD", **options):
+    """Keys and values that were dense tensors of the model."""
+    store = new_store(**options)
+    caches = [torch.ones(shape_in(store, role, layout, C)) for role in ("key", "value")]
+    for cache, role in zip(caches, ("key", "value"), strict=True):
+        assert take_over(cache, store, role, layout) is cache
+    return caches
+
+
+def fill(caches, count=5, first=0):
+    tokens = [torch.randn(B, H, count, D) for _ in caches]
+    for cache, new in zip(caches, tokens, strict=True):
+        cache.index_copy_(2, torch.arange(first, first + count), new)
+    return tokens
+
+
+class Model(nn.Module):
+    """Writes into its cache, and attends."""
+
+    def __init__(self, keep, caches):
+        super().__init__()
+        for name, cache in zip("kv", caches, strict=True):
+            if keep == "buffer":
+                self.register_buffer(name, cache)
+            else:
+                setattr(self, name, cache)
+            if keep == "static address":
+                torch._dynamo.mark_static_address(cache)
+
+    def forward(self, x, position):
+        self.k.index_copy_(2, position, x)
+        self.v[:, :, position] = x
+        return F.scaled_dot_product_attention(x, self.k[:, :, :8], self.v[:, :, :8])
+
+
+def test_memory_is_released_and_the_rest_stays():
+    cache = torch.ones(B, C, H, D)
+    strides = cache.stride()
+    take_over(cache, new_store(), "key", "BTHD")
+    assert isinstance(cache, PreallocatedKV) and cache.untyped_storage().nbytes() == 0
+    assert (cache.shape, cache.dtype, cache.stride(), cache.numel()) == (
+        (B, C, H, D),
+        torch.float32,
+        strides,
+        B * C * H * D,
+    )
+    assert len(cache) == B and cache.is_contiguous() and cache.device.type == "cpu" and cache.dim() == 4
+    assert (cache.capacity, cache.range, cache.role, cache.kv_layout) == (C, (0, 0), "key", "BTHD")
+    assert cache.plan is cache.store.plan
+    assert torch.equal(cache + 0, torch.zeros(B, C, H, D))
+
+
+@pytest.mark.parametrize("keep", ["attribute", "buffer", "static address"])
+def test_the_graph_has_plain_operations(keep):
+    """Taken over between two calls: one more compilation, for the class, and none after that."""
+    graphs, seen = [], []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        seen.append([type(i) for i in inputs])
+        return lambda *args: (torch.zeros(()),)
+
+    caches = [torch.zeros(B, H, C, D) for _ in range(2)]
+    model = Model(keep, caches)
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(B, H, 1, D)
+    with torch.no_grad():
+        compiled(x, torch.tensor([0]))
+        store = new_store()
+        for cache, role in zip(caches, ("key", "value"), strict=True):
+            take_over(cache, store, role)
+        for i in range(3):
+            compiled(x, torch.tensor([i]))
+    assert len(graphs) == 2
+    before, after = ([(n.op, str(n.target)) for n in gm.graph.nodes if n.op.startswith("call")] for gm in graphs)
+    assert before == after
+    assert seen[1].count(PreallocatedKV) == 2
+    handles = [n for n in graphs[1].graph.find_nodes(op="placeholder") if n.type is PreallocatedKV]
+    assert [n.meta["example_value"].shape for n in handles] == [(B, H, C, D)] * 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_other_backends_get_graphs_without_it(backend):
+    caches = pair()
+    tokens = fill(caches)
+    model, x = Model("attribute", caches), torch.randn(B, H, 1, D)
+    want = Model("attribute", [c + 0 for c in caches])
+    with torch.no_grad():
+        got = torch.compile(model, backend=backend)(x, torch.tensor([5]))
+        torch.testing.assert_close(got, want(x, torch.tensor([5])))
+        assert torch.equal(model.k[:, :, :6], torch.cat([tokens[0], x], 2)) and model.k.store.length == 6
+        with pytest.raises(Exception, match="only graphs compiled with backend='mikv'"):
+            torch.compile(lambda k: k * 2, backend=backend, fullgraph=True)(caches[0])
+
+
+def test_fake_handles_with_a_capacity_take_writes():
+    store = new_store()
+    caches = [KVTensor(store, role, capacity=C) for role in ("key", "value")]
+    model, seen = Model("attribute", caches), []
+
+    def backend(gm, inputs):
+        seen.extend(n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder"))
+        return lambda *args: (torch.zeros(()),)
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.randn(B, H, 1, D), torch.tensor([5]))
+    fakes = [value for value in seen if isinstance(value, KVTensor)]
+    assert [(f.is_preallocated, f.capacity, f.kv_layout, f.role) for f in fakes] == [
+        (True, C, "BHTD", r) for r in ("key", "value")
+    ]
+    assert all(isinstance(f.shape[2], int) for f in fakes)
+    with pytest.raises(MikvError, match="the range"):
+        _ = fakes[0].range
+
+
+def test_keys_are_seen_before_their_values_arrive():
+    key, value = pair()
+    fill([key, value])
+    new = torch.randn(B, H, 2, D)
+    before = value + 0
+    key[:, :, 5:7] = new
+    assert torch.equal(key[:, :, 5:7], new) and torch.equal(value + 0, before)
+    with pytest.raises(MikvError, match=r"keys were written up to position 7 and its values up to 5"):
+        key.store.prepare(1)
+    value[:, :, 5:7] = new
+    assert key.store.length == 7 and key.store.prepare(1).length == 7
+
+
+def test_rewinding_drops_what_lies_behind_in_the_store():
+    store = new_store()
+    k, v = torch.randn(B, H, 10, D), torch.randn(B, H, 10, D)
+    store.append(k, v)
+    store.write(4, k[:, :, :2], v[:, :, :2])
+    assert store.length == 6 and torch.equal(store.dequantize("key"), torch.cat([k[:, :, :4], k[:, :, :2]], 2))
+    store.write(9, k[:, :, :1], v[:, :, :1])
+    assert store.length == 10 and not store.dequantize("value")[:, :, 6:9].any()
+    store.clear()
+    assert store.length == 0 and store.nbytes == 0
+
+
+def test_a_view_follows_its_cache_and_writes_into_it():
+    key, value = pair()
+    tokens = fill([key, value])
+    view = key[:, :, 1:4]
+    key[:, :, 2] = 7.0
+    assert (view[:, :, 1] == 7).all() and torch.equal(view[:, :, 0], tokens[0][:, :, 1])
+    view[:, 1].mul_(2)
+    assert torch.equal(key[:, 1, 1], 2 * tokens[0][:, 1, 1]) and (key[:, 1, 2] == 14).all()
+    first, second = key.split(C // 2, 2)
+    second.fill_(1)
+    assert (key[:, :, C // 2 :] == 1).all() and torch.equal(first, key[:, :, : C // 2])
+    with torch.inference_mode():
+        key.zero_()
+        value.zero_()
+        key[:, :, :2].add_(1)
+        assert (key * 1).sum() == 2 * B * H * D
+
+
+def test_copies_are_independent():
+    key, value = pair()
+    tokens = fill([key, value])
+    for make in (
+        copy.deepcopy,
+        lambda both: [t.clone() for t in both],
+        lambda both: [t.to("cpu", copy=True) for t in both],
+    ):
+        twins = make([key, value])
+        assert twins[0].store is twins[1].store is not key.store and all(type(t) is PreallocatedKV for t in twins)
+        twins[0].neg_()
+        assert torch.equal(twins[0][:, :, :5], -tokens[0]) and torch.equal(key[:, :, :5], tokens[0])
+    rows = [t.index_select(0, torch.tensor([1, 1, 0])) for t in (key, value)]
+    assert rows[0].store is rows[1].store and torch.equal(rows[0][:, :, :5], tokens[0][[1, 1, 0]])
+    assert key.to("meta").is_meta and key.to(torch.float64).dtype == torch.float64
+    assert key.to("cpu") is key and copy.copy(key).store is key.store
+
+
+def test_a_module_with_it_as_a_buffer():
+    caches = pair()
+    tokens = fill(caches)
+    module = Model("buffer", caches)
+    state = module.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    for name, new in zip("kv", tokens, strict=True):
+        assert torch.equal(state[name][:, :, :5], new) and not state[name][:, :, 5:].any()
+        assert type(loaded[name]) is torch.Tensor and torch.equal(loaded[name][:, :, :5], new)
+    twin = copy.deepcopy(module)
+    assert twin.k.store is twin.v.store is not module.k.store
+    twin.load_state_dict({name: torch.zeros(B, H, C, D) for name in "kv"})
+    assert not (twin.k + 0).any() and torch.equal(module.k[:, :, :5], tokens[0])
+    assert isinstance(module.to("cpu").k, PreallocatedKV) and type(twin.double().k) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda t: t.data_ptr(), lambda t: t.set_(torch.zeros(1)), lambda t: t.resize_(1), lambda t: t.share_memory_(),
+        lambda t: t.requires_grad_(True), lambda t: t.__dlpack__(), lambda t: t.storage(),
+        lambda t: setattr(t, "data", torch.zeros(1)), lambda t: t.unsqueeze_(0),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(operation):
+    (key, _) = caches = pair()
+    tokens = fill(caches)
+    with pytest.raises(MikvError, match="of a compressed KV cache"):
+        operation(key)
+    assert key.shape == (B, H, C, D) and torch.equal(key[:, :, :5], tokens[0])
+
+
+def test_numpy_is_a_copy_that_cannot_be_written():
+    (key, _) = caches = pair()
+    tokens = fill(caches)
+    array = key.numpy()
+    assert (array[:, :, :5] == tokens[0].numpy()).all()
+    with pytest.raises(ValueError, match="read-only"):
+        array[:] = 1
+
+
+def test_reads_are_counted():
+    (key, _) = caches = pair()
+    fill(caches)
+    assert key.store.fallbacks == {}
+    key.sum()
+    assert key.store.fallbacks == {"sum": 1}
+
+
+def test_evicting_plans_take_appends_and_clear_but_no_reads():
+    (key, value) = pair(tiers="fp:0.2", window=2, sinks=0, flush_every=1)
+    fill([key, value], 10)
+    fill([key, value], 5, first=10)
+    assert key.store.length == 15 and key.store.evicted
+    with pytest.raises(EvictedTokensError):
+        key.sum()
+    key.zero_()
+    value.zero_()
+    assert key.store.length == 0 and not key.sum()
+
+
+def test_an_unusable_store_is_usable_again_after_reset():
+    (key, value) = pair()
+    fill([key, value])
+    key.store.spoil("interrupted")
+    with pytest.raises(MikvError, match="interrupted"):
+        key.sum()
+    key.zero_()
+    value.zero_()
+    fill([key, value])
+    assert key.store.length == 5
+
+
+def test_what_cannot_be_taken_over():
+    store, whole = new_store(), torch.zeros(2, B, H, C, D)
+    for tensor, why in (
+        (whole[0], "shared with other tensors"),
+        (nn.Parameter(torch.zeros(B, H, C, D)), "only plain tensors"),
+        (torch.zeros(B, H, C, D).requires_grad_(), "requires gradients"),
+        (torch.zeros(B, H, C, D + 1), "does not belong to a store"),
+        (torch.zeros(B, H, C, D, dtype=torch.float16), "does not belong to a store"),
+    ):
+        with pytest.raises(MikvError, match=why):
+            take_over(tensor, store, "key")
+    assert whole.untyped_storage().nbytes() > 0
+
+
+def test_a_ring_shows_the_newest_tokens():
+    store = new_store(sliding=True)
+    cache = make_preallocated(store, "key", "BHTD", C)
+    tokens = torch.randn(B, H, 300, D)
+    for i in range(300):
+        store.append(tokens[:, :, i : i + 1], tokens[:, :, i : i + 1])
+        store.drop_before(cache.range[0])
+    assert cache.range == (300 - C, 300) and store.base > 0
+    assert torch.equal(cache + 0, tokens[:, :, -C:])
+    cache.copy_(cache.roll(-1, 2))
+    assert torch.equal(cache[:, :, :-1], tokens[:, :, -C + 1 :])
+
+
+def test_another_branch_keeps_its_tokens():
+    key, value = pair()
+    tokens = fill([key, value])
+    kept = KVTensor(key.store, "key")
+    new = fill([key, value], 3, first=2)
+    assert torch.equal(kept.dequantize(), tokens[0]) and kept.store is not key.store
+    assert key.store is value.store and torch.equal(key[:, :, 2:5], new[0])
+
+
+@pytest.mark.parametrize("capacity", [None, C])
+def test_a_graph_that_is_declined_writes_through(capacity):
+    """torch calls a backend's function with ``__torch_function__`` turned off."""
+    key, value = (
+        pair()
+        if capacity is None
+        else (KVTensor(s := new_store(), "key", capacity=C), KVTensor(s, "value", capacity=C))
+    )
+    tokens = fill([key, value])
+
+    def step(key, value, x):
+        key[:, :, 1::2] = x  # no attention, and no neighbouring columns
+        value.mul_(2)
+        return key.sum() + value.sum()
+
+    x = torch.randn(B, H, 1, D)
+    dense = [key + 0, value + 0]
+    with torch.no_grad():
+        got = torch.compile(step, backend="mikv", options={"lower": "eager"})(key, value, x)
+        want = step(*dense, x)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(key + 0, dense[0]) and torch.equal(value + 0, dense[1])
+    assert torch.equal(value[:, :, :5], 2 * tokens[1])
+
+
+def test_a_call_that_reads_only_the_last_columns_moves_none():
+    """A store forgets what no call sees, but the columns of a preallocated cache are still there."""
+    key, value = pair()
+    tokens = fill([key, value])
+    key.store.drop_before(3)
+    assert key.range == (0, 5) and torch.equal(key[:, :, :5], tokens[0])
