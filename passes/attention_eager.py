@@ -103,7 +103,7 @@ def _canonical(before: list[list[Node]], softmax: Node, behind: list[Node]) -> A
     scale, softcap = scores.softcap()
     return Attention(
         output=output,
-        nodes=tuple(sorted(idiom)),
+        nodes=(*sorted(idiom - {output}), output),
         query=query.node,
         key=key.node,
         value=value.node,
@@ -211,6 +211,8 @@ class _Roles:
         self._tokens.name = "t"
         self._axes[self.channels].name = "d"
         self.output_dims = tuple(dim_name(self._value_axes[x]) for x in self._output_letters)
+        if "rg" in "".join(self.output_dims) and not {"r", "g"} <= set(self.query_dims(self.query.letters)):
+            raise Unsupported("rows and query groups are merged in one order in the query and in another in the output")
 
     def query_dims(self, letters: str) -> Dims:
         """Names of the query's dimensions."""

@@ -13,7 +13,7 @@ from mikv_compile.passes.constants import constant
 from mikv_compile.passes.node_utils import argument, fake, operation, rank, same_kind, same_shape, writes_in_place
 from mikv_compile.passes.views import is_cast, op_name, permutation, view_input
 
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum")
 MATMUL_TARGETS = (torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "__matmul__", "bmm")
 _MAX_VIEWS = 6  # copies and reshapes between a transpose and the product that the decompositions put there
 
@@ -53,7 +53,7 @@ def read_product(node: Node) -> Product | str | None:
         return _read_einsum(node)
     if name == "baddbmm":
         return _read_baddbmm(node)
-    left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "bmm" else "other")
+    left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name in ("bmm", "mm") else "other")
     return _labelled(node, left, right)
 
 

@@ -25,6 +25,8 @@ _BOTH_SIDES = ("add", "sub", "rsub", "mul", "div", "where", "max", "maximum")
 _UNSUPPORTED = ("nan_to_num", "relu", "sigmoid", "clamp", "clamp_min", "pow", "abs", "exp", "scatter", "index_fill",
                 "masked_scatter", "dropout", "softplus", "neg", "masked_fill", "tanh", "pad", "rdiv", "log")  # fmt: skip
 
+_CHECKS = ("_assert_tensor_metadata",)  # what export adds to every cast
+
 
 def chains_to_products(node: Node, user: Node) -> list[list[Node]]:
     """Ways back from `node`, which `user` reads, to a product: each the product and the steps behind it, in order."""
@@ -107,7 +109,7 @@ def side_nodes(chain: set[Node], last: Node) -> tuple[set[Node], str | None]:
             return set()
         if depth > _MAX_SIDE_DEPTH or node.op not in ("call_function", "call_method") or writes_in_place(node):
             return None
-        if not node.users and not (is_metadata(node) or op_name(node) is not None):
+        if not node.users and not (is_metadata(node) or op_name(node) is not None or operation(node) in _CHECKS):
             return None
         found = {node}
         for user in node.users:

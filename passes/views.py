@@ -77,7 +77,7 @@ def op_name(node: Node) -> str | None:
     aten = aten_name(node.target)
     if aten is not None:
         aten = _ATEN_NAMES.get(aten, aten)
-        return aten if aten in _METHODS else None
+        return aten if aten in _METHODS | {"mT"} else None
     try:
         return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     except TypeError:  # a target that cannot be hashed
