@@ -35,8 +35,8 @@ def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -
     return graph
 
 
-def dynamo(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
-    """The one Dynamo graph of `fn(*inputs)`, and copies of its own inputs."""
+def dynamo(fn: Callable[..., Any], *inputs: Any, symbolic: int | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The one Dynamo graph of `fn(*inputs)`, and copies of its own inputs; every size `symbolic` gets a symbol."""
     graphs: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -47,8 +47,12 @@ def dynamo(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) ->
         return run
 
     torch._dynamo.reset()
+    copies = [_copy(x) for x in inputs]
+    for copy in copies:
+        if isinstance(copy, torch.Tensor):
+            torch._dynamo.mark_dynamic(copy, [dim for dim, size in enumerate(copy.shape) if size == symbolic])
     with torch.no_grad():
-        torch.compile(fn, backend=backend, fullgraph=True, dynamic=dynamic)(*(_copy(x) for x in inputs))
+        torch.compile(fn, backend=backend, fullgraph=True)(*copies)
     ((gm, args),) = graphs
     return gm, args
 
