@@ -1,4 +1,4 @@
-"""`scaled_dot_product_attention` in all its forms: the function, ATen's overloads, and the fused kernels behind them."""
+"""`scaled_dot_product_attention` in all its forms: the function, ATen's overloads, the fused kernels behind them."""
 
 from __future__ import annotations
 

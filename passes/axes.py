@@ -14,15 +14,7 @@ from torch.fx import Node
 
 from mikv_compile.passes.node_utils import known_equal, same_shape, shape_of
 from mikv_compile.passes.records import Dims
-from mikv_compile.passes.views import (
-    _COPIES,
-    _EXPANDS,
-    _RESHAPES,
-    NotAView,
-    _apply,
-    op_name,
-    view_input,
-)
+from mikv_compile.passes.views import _COPIES, _EXPANDS, _RESHAPES, NotAView, _apply, op_name, view_input
 
 MAX_BATCH_AXES = 3  # b, k, g
 

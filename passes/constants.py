@@ -40,7 +40,9 @@ def constant(value: object, depth: int = 0) -> float | None:
     if name == "neg":
         inner = constant(argument(value, 0, "input"), depth + 1)
         return None if inner is None else -inner
-    if name in ("lift_fresh_copy", "detach") or (op_name(value) not in (None, "getitem") and view_input(value) is not None):
+    if name in ("lift_fresh_copy", "detach") or (
+        op_name(value) not in (None, "getitem") and view_input(value) is not None
+    ):
         return _rounded(constant(argument(value, 0, "input"), depth + 1), value)
     return None
 

@@ -30,11 +30,13 @@ _SAME_OPERATION = {
 }  # fmt: skip
 # Operations whose functions in torch, torch.nn.functional and operator are told by name; views have their own table.
 _OPERATIONS = (
-    "matmul mm bmm baddbmm einsum softmax scaled_dot_product_attention add sub rsub mul div truediv true_divide multiply "
-    "subtract divide neg negative tanh masked_fill where cat concat concatenate max maximum amax clamp clamp_min clip "
-    "dropout iadd isub imul itruediv full full_like zeros zeros_like ones ones_like scalar_tensor tensor pow exp log "
-    "relu sigmoid abs nan_to_num pad narrow detach getitem topk scatter index_fill masked_scatter softplus finfo"
-).split()
+    "matmul", "mm", "bmm", "baddbmm", "einsum", "softmax", "scaled_dot_product_attention", "add", "sub", "rsub",
+    "mul", "div", "truediv", "true_divide", "multiply", "subtract", "divide", "neg", "negative", "tanh",
+    "masked_fill", "where", "cat", "concat", "concatenate", "max", "maximum", "amax", "clamp", "clamp_min",
+    "clip", "dropout", "iadd", "isub", "imul", "itruediv", "full", "full_like", "zeros", "zeros_like", "ones",
+    "ones_like", "scalar_tensor", "tensor", "pow", "exp", "log", "relu", "sigmoid", "abs", "nan_to_num", "pad",
+    "narrow", "detach", "getitem", "topk", "scatter", "index_fill", "masked_scatter", "softplus",
+)  # fmt: skip
 _FUNCTIONS = {
     function: _SAME_OPERATION.get(name, name)
     for module in (torch, F, operator)

@@ -99,7 +99,10 @@ def _read_einsum(node: Node) -> Product | str | None:
     terms = inputs.split(",")
     if len(terms) != 2:
         return None
-    spread = [rank(x) - len(term.replace("...", "")) if "..." in term else 0 for x, term in zip(operands, terms)]  # type: ignore[operator]
+    spread = [
+        rank(x) - len(term.replace("...", "")) if "..." in term else 0  # type: ignore[operator]
+        for x, term in zip(operands, terms, strict=True)
+    ]
     free = [letter for letter in string.ascii_letters if letter not in equation]
     most = max(spread)
     shared = "".join(free[:most])

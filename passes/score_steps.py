@@ -39,6 +39,7 @@ class Term:
     inverted: bool = False
 
     def record(self) -> ScoreTerm:
+        """The term with names for its dimensions, once the axes have theirs."""
         return ScoreTerm(self.kind, self.node, self.value, layout_names(self.layout), self.inverted)
 
 
@@ -243,7 +244,12 @@ class Scores:
         """A column of logits without a value: attention sinks."""
         parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", node.kwargs.get("axis", 0))
         count = len(self.layout)
-        if not isinstance(parts, list | tuple) or len(parts) != 2 or not isinstance(dim, int) or dim % count != count - 1:
+        if (
+            not isinstance(parts, list | tuple)
+            or len(parts) != 2
+            or not isinstance(dim, int)
+            or dim % count != count - 1
+        ):
             raise Unsupported(f"`{node.name}` joins the scores to something else than one sink column")
         if parts[0] in self.current and parts[1] in self.current:
             raise Unsupported(f"`{node.name}` joins the scores to themselves")

@@ -113,10 +113,10 @@ def _sizes(record: Attention, values: dict[Node, torch.Tensor]) -> dict[str, int
                 equations.append((dim, size))
     for term in record.terms:
         shape = values[term.node].shape
-        equations += [(dim, size) for dim, size in zip(term.dims[::-1], shape[::-1]) if size != 1]
+        equations += [(dim, size) for dim, size in zip(term.dims[::-1], shape[::-1], strict=False) if size != 1]
     if record.sinks is not None:
         shape = values[record.sinks].shape
-        equations += [(dim, size) for dim, size in zip(("r", "kg", "b"), shape[-2::-1]) if size != 1]
+        equations += [(dim, size) for dim, size in zip(("r", "kg", "b"), shape[-2::-1], strict=False) if size != 1]
     known: dict[str, int] = {}
     for _ in range(4):
         for dim, size in equations:

@@ -1,4 +1,4 @@
-"""Near misses: what looks like attention in a supported form and is not must be declined with a reason, or left alone."""
+"""Near misses: what only looks like attention of a supported form is declined with a reason, or left alone."""
 
 import math
 
@@ -146,11 +146,7 @@ DECOYS = {
         lambda q, k, v, m: torch.softmax(q @ k.mT + m, -1) @ v,
         (torch.ones(R, T, dtype=torch.long),),
     ),
-    "broadcast query": (
-        "broadcast",
-        lambda q, k, v: torch.softmax(q[:1] @ k.mT, -1) @ v,
-        (),
-    ),
+    "broadcast query": ("broadcast", lambda q, k, v: torch.softmax(q[:1] @ k.mT, -1) @ v, ()),
     "values of every row": (
         "from query row to",
         lambda q, k, v: torch.einsum(
@@ -163,11 +159,7 @@ DECOYS = {
         lambda q, k, v: torch.softmax(torch.einsum("bhrr,bhtr->bht", q[..., :R], k[..., :R]), -1)[:, :, None] @ v,
         (),
     ),
-    "float64 output": (
-        "dtype of the operand",
-        lambda q, k, v: torch.softmax((q @ k.mT).double(), -1) @ v.double(),
-        (),
-    ),
+    "float64 output": ("dtype of the operand", lambda q, k, v: torch.softmax((q @ k.mT).double(), -1) @ v.double(), ()),
 }
 
 

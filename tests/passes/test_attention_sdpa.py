@@ -87,7 +87,9 @@ def test_odd_arguments_decline(changed):
 
 
 def test_six_dimensions_decline():
-    found = only(lambda q, k, v: F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None]), *operands())
+    found = only(
+        lambda q, k, v: F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None]), *operands()
+    )
     assert isinstance(found, Declined) and "6 dimensions" in found.reason
 
 
