@@ -257,7 +257,7 @@ def _check_operands(operands: list[Node], idiom: set[Node], output: Node) -> Non
             raise Unsupported(f"`{operand.name}` is computed from the scores")
         node, base = min(user for user in operand.users if user in idiom), _base(operand)
         while node is not output:
-            target = node.args[0] if node.args else None
+            target = node.kwargs.get("out", node.args[0] if node.args else None)
             if node not in idiom and writes_in_place(node) and isinstance(target, Node) and _base(target) is base:
                 raise Unsupported(f"`{operand.name}` is changed in place by `{node.name}` while attention is computed")
             node = node.next

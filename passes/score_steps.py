@@ -56,6 +56,8 @@ class Scores:
     terms: list[Term] = field(default_factory=list)
     shifted: bool = False
     """Whether something constant along the tokens was added: softmax takes it away, other steps do not."""
+    shift_tokens: list[tuple[Axis, ...]] = field(default_factory=list)
+    """What the last dimension was at every such step."""
     sinks: Node | None = None
     sinks_first: bool = False
     sink_layout: Layout = ()
@@ -89,6 +91,8 @@ class Scores:
 
     def finish(self) -> None:
         """Check what only the end of the steps can tell."""
+        if any(leaves(axes) != self.tokens for axes in self.shift_tokens):
+            raise Unsupported("something is added to scores whose last dimension is not the tokens yet")
         for term in self.terms:
             if term.kind == "fill" and not term.value <= MASKED:
                 raise Unsupported(
@@ -147,8 +151,10 @@ class Scores:
             self._scale(node, own)
         if constant(other) == 0:
             return
-        if constant(other) is not None or self._constant_along_tokens(other):
+        number = constant(other)
+        if (number is not None and math.isfinite(number)) or self._constant_along_tokens(other):
             self.shifted = True  # softmax does not see it
+            self.shift_tokens.append(self.tokens)
             return
         self._no_sinks(node)
         self._check_added(node, other)
@@ -171,7 +177,7 @@ class Scores:
 
     @property
     def tokens(self) -> tuple[Axis, ...]:
-        """The axes of the last dimension, over which softmax goes."""
+        """The axes of the last dimension, over which softmax goes at the end (see `finish`)."""
         return leaves(self.layout[-1])
 
     def _masked_fill(self, node: Node) -> None:

@@ -68,10 +68,18 @@ def overwritten_scores(q, k, v):
     return torch.softmax(scores, -1) @ v
 
 
+def bias_of_tokens_not_last(q, k, v, m):
+    """`m` is `[T, 1]` and differs from token to token, though its last dimension is 1."""
+    scores = torch.einsum("bhrd,bhtd->bhtr", q, k) + m
+    return torch.softmax(scores.transpose(2, 3), -1) @ v
+
+
 BIAS = (torch.randn(R, T),)
 HIDDEN = (hidden(R, T),)
 SCALE = (torch.tensor(0.5),)
 DECOYS = {
+    "bias of tokens that are not last": ("not the tokens yet", bias_of_tokens_not_last, (torch.randn(T, 1),)),
+    "infinite number": ("floating point mask", lambda q, k, v: torch.softmax(q @ k.mT + math.inf, -1) @ v, ()),
     "fill with zero": ("does not mask", lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m, 0), -1) @ v, HIDDEN),
     "fill with -100": (
         "does not mask",

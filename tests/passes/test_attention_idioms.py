@@ -150,6 +150,12 @@ def einsum_tokens_first(q, k, v, m):
     return torch.einsum("bhqk,bkhd->bqhd", (scores + m).softmax(dim=-1), v)
 
 
+def einsum_tokens_before_rows(q, k, v, m):
+    """Scores `[B, H, T, R]`, masked as they are and turned before the softmax."""
+    scores = torch.einsum("bhrd,bhtd->bhtr", q, k) * 0.1 + m
+    return torch.softmax(scores.transpose(2, 3), -1) @ v
+
+
 def einsum_rows_between(q, k, v):
     """Queries `[B, R, H, G, D]`, the query heads of a KV head behind it."""
     q = q.view(B, H, G, R, D).permute(0, 3, 1, 2, 4)
@@ -223,6 +229,7 @@ IDIOMS = {
     "repeated heads": (lambda q, k, v: torch.softmax(q @ repeat(k).mT * 0.1, -1) @ repeat(v), grouped),
     "einsum grouped": (einsum_grouped, grouped, (B, 1, 1, R, T)),
     "einsum tokens first": (einsum_tokens_first, operands, (B, 1, R, T)),
+    "einsum tokens before rows": (einsum_tokens_before_rows, operands, (B, 1, T, R)),
     "einsum rows between": (einsum_rows_between, grouped),
     "einsum ellipsis": (
         lambda q, k, v: torch.einsum("...rt,...td->...rd", torch.einsum("...rd,...td->...rt", q, k).softmax(-1), v),
