@@ -1,8 +1,8 @@
 """Attention written out: `softmax(q k^T * scale + mask) v` with two products, in any order that keeps the meaning.
 
 The walk starts at the softmax and finds the first product before and the second behind it (`scores_walk`). The steps
-between are then followed in the order of the computation (`score_steps`), with every dimension of the scores traced to
-the operand it comes from (`axes`). Only what has a product on both sides is reported as declined.
+between are then followed in the order of the computation (`score_steps`, `probability_steps`), with every dimension of
+the scores traced to the operand it comes from (`axes`). Only what has a product on both sides is reported as declined.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch.fx import Node
 
 from mikv_compile.passes.axes import Axis, Dim, Layout, dim_name, layout_names, leaves, name_axes
 from mikv_compile.passes.node_utils import argument, fake, known_equal, operation, same_kind, shape_of, writes_in_place
+from mikv_compile.passes.probability_steps import Probabilities
 from mikv_compile.passes.products import MATMUL_TARGETS as MATMUL_TARGETS
 from mikv_compile.passes.products import Operand, Product, read_product, strip_factors, strip_transpose, widens
 from mikv_compile.passes.records import Attention, Dims
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.score_steps import Probabilities, Scores, Unsupported
+from mikv_compile.passes.score_steps import Scores, Unsupported
 from mikv_compile.passes.scores_walk import SOFTMAX, chain_to_values, chains_to_products, side_nodes
 from mikv_compile.passes.views import is_cast, view_input
 

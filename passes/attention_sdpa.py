@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -69,7 +69,7 @@ def recognize(node: Node) -> Attention | Declined | None:
             return decline("attn_mask is not a bool or floating point tensor")
         if mask_value.dim() > len(query_dims):
             return decline(f"attn_mask has {mask_value.dim()} dimensions; at most {len(query_dims)} are supported")
-        kind = "keep" if mask_value.dtype == torch.bool else "add"
+        kind: Literal["keep", "add"] = "keep" if mask_value.dtype == torch.bool else "add"
         terms = (ScoreTerm(kind, mask, dims=(*query_dims[:-1], "t")),)
     scale = _scale(given.get("scale"), query)
     if isinstance(scale, str):

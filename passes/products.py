@@ -113,7 +113,8 @@ def _read_einsum(node: Node) -> Product | str | None:
     result = result.replace("...", shared)
     if any(len(set(term)) != len(term) for term in (*terms, result)):
         return f"`{node.name}` takes a diagonal"
-    return Product(node, Operand(operands[0], terms[0]), Operand(operands[1], terms[1]), result)
+    left, right = (Operand(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Node))
+    return Product(node, left, right, result)
 
 
 def scalar_factor(node: Node) -> tuple[Node, float] | None:
