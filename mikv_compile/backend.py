@@ -174,7 +174,7 @@ def _report(analysis: Analysis, planned: list[PlannedSite], declined: list[Decli
             p.plan,
             "fused" if p.site.dense is None else "dense",
             p.site.dense,
-        )  # fmt: skip
+        )
         for p in planned
     )
     report = GraphReport(len(analysis.attentions), sites, tuple(declined), options.lower)

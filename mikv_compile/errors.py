@@ -18,4 +18,4 @@ class UnusableCacheError(MikvError, RuntimeError):
 
 
 class CannotServe(MikvError):
-    """The arguments of a call are beyond what the rewritten graph can do; the graph as it was runs. Never raised at users."""
+    """A call is beyond what the rewritten graph can do, and the graph as it was runs instead; users never see this."""

@@ -85,11 +85,11 @@ class _CannotServeError(Exception):
 def _plan(
     site: Site, layer: int, layers: int, planner: Planner, sizes: SizeReader, handles: Mapping[Node, Any]
 ) -> LayerPlan:
-    shape = _check_storage(site, layers, sizes)
     plan = _plan_of_handles(site, handles)
+    if plan is None and isinstance(planner.options.budget, str):
+        int(Extent.of(site.key).batch)  # a budget in bytes means another plan for another batch size: guard on it
+    shape = _check_storage(site, layers, sizes)
     if plan is None:
-        if isinstance(planner.options.budget, str):
-            int(Extent.of(site.key).batch)  # a budget in bytes means another plan for another batch size: guard on it
         try:
             plan = planner.layer(layer, shape, sliding=site.key.keep is not None)
         except ValueError as error:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from mikv_compile.passes import attention_eager, attention_sdpa
+from mikv_compile.passes import attention_eager, attention_flex, attention_sdpa
 from mikv_compile.passes.records import Attention
 from mikv_compile.passes.registry import run_recognizers
 from mikv_compile.passes.report import Declined
 
 __all__ = ["ATTENTION_RECOGNIZERS", "Attention", "find_attentions"]
 
-ATTENTION_RECOGNIZERS = (attention_sdpa.recognize, attention_eager.recognize)
+ATTENTION_RECOGNIZERS = (attention_sdpa.recognize, attention_flex.recognize, attention_eager.recognize)
 """Functions `node -> Attention | Declined | None`; None means: not this idiom."""
 
 

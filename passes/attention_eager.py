@@ -1,8 +1,8 @@
 """Attention written out: `softmax(q k^T * scale + mask) v` with two products, in any order that keeps the meaning.
 
 The walk starts at the softmax and finds the first product before and the second behind it (`scores_walk`). The steps
-between are then followed in the order of the computation (`score_steps`), with every dimension of the scores traced to
-the operand it comes from (`axes`). Only what has a product on both sides is reported as declined.
+between are then followed in the order of the computation (`score_steps`, `probability_steps`), with every dimension of
+the scores traced to the operand it comes from (`axes`). Only what has a product on both sides is reported as declined.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch.fx import Node
 
 from mikv_compile.passes.axes import Axis, Dim, Layout, dim_name, layout_names, leaves, name_axes
 from mikv_compile.passes.node_utils import argument, fake, known_equal, operation, same_kind, shape_of, writes_in_place
+from mikv_compile.passes.probability_steps import Probabilities
 from mikv_compile.passes.products import MATMUL_TARGETS as MATMUL_TARGETS
 from mikv_compile.passes.products import Operand, Product, read_product, strip_factors, strip_transpose, widens
 from mikv_compile.passes.records import Attention, Dims
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.score_steps import Probabilities, Scores, Unsupported
+from mikv_compile.passes.score_steps import Scores, Unsupported
 from mikv_compile.passes.scores_walk import SOFTMAX, chain_to_values, chains_to_products, side_nodes
 from mikv_compile.passes.views import is_cast, view_input
 
@@ -103,7 +104,7 @@ def _canonical(before: list[list[Node]], softmax: Node, behind: list[Node]) -> A
     scale, softcap = scores.softcap()
     return Attention(
         output=output,
-        nodes=tuple(sorted(idiom)),
+        nodes=(*sorted(idiom - {output}), output),
         query=query.node,
         key=key.node,
         value=value.node,
@@ -211,6 +212,8 @@ class _Roles:
         self._tokens.name = "t"
         self._axes[self.channels].name = "d"
         self.output_dims = tuple(dim_name(self._value_axes[x]) for x in self._output_letters)
+        if "rg" in "".join(self.output_dims) and not {"r", "g"} <= set(self.query_dims(self.query.letters)):
+            raise Unsupported("rows and query groups are merged in one order in the query and in another in the output")
 
     def query_dims(self, letters: str) -> Dims:
         """Names of the query's dimensions."""
@@ -255,7 +258,7 @@ def _check_operands(operands: list[Node], idiom: set[Node], output: Node) -> Non
             raise Unsupported(f"`{operand.name}` is computed from the scores")
         node, base = min(user for user in operand.users if user in idiom), _base(operand)
         while node is not output:
-            target = node.args[0] if node.args else None
+            target = node.kwargs.get("out", node.args[0] if node.args else None)
             if node not in idiom and writes_in_place(node) and isinstance(target, Node) and _base(target) is base:
                 raise Unsupported(f"`{operand.name}` is changed in place by `{node.name}` while attention is computed")
             node = node.next

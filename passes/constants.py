@@ -40,14 +40,16 @@ def constant(value: object, depth: int = 0) -> float | None:
     if name == "neg":
         inner = constant(argument(value, 0, "input"), depth + 1)
         return None if inner is None else -inner
-    if name == "lift_fresh_copy" or (op_name(value) not in (None, "getitem") and view_input(value) is not None):
+    if name in ("lift_fresh_copy", "detach") or (
+        op_name(value) not in (None, "getitem") and view_input(value) is not None
+    ):
         return _rounded(constant(argument(value, 0, "input"), depth + 1), value)
     return None
 
 
 def _writes(user: Node, value: Node) -> bool:
     """Whether `user` may change the constant `value` in place."""
-    return writes_in_place(user) and user.args[:1] == (value,)
+    return writes_in_place(user) and user.args[:1] == (value,) and operation(user) != "detach"
 
 
 def _rounded(number: float | None, node: Node) -> float | None:

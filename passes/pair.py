@@ -204,8 +204,10 @@ class _Pairing:
         for update in self._updates:
             if update.result not in in_sites:
                 reason = self._not_caches.get(update.result)
-                if reason is None:
-                    reason = "no supported attention call reads this cache update through plain views"
+                if reason is None and self._softmax_behind(update) is None:
+                    reason = "no attention in this graph reads it; a graph break lies between, or it is no KV cache"
+                elif reason is None:
+                    reason = "keys and values cannot be told apart: no second cache is written in the same way"
                 self._declined.append(Declined(update.result.name, "pair", reason))
 
 
@@ -244,6 +246,9 @@ def _join(attention: Attention, key_path: ViewPath, value_path: ViewPath, key: C
         raise _Refused("keys and values are sliced differently")
     if whole[0] and key.tail and not attention.terms:
         raise _Refused("without a mask, attention sees columns of the preallocated cache that were not written yet")
+    if key.tail and not key.born and len(attention.terms) > 1 and any(t.kind == "fill" for t in attention.terms):
+        # Where all columns of a row are masked by finite numbers, dense attention spreads over the unwritten ones too.
+        raise _Refused("two masks hide columns of the preallocated cache, one of them by a finite number")
     if attention.is_causal and not (key.born or (_starts_empty(key, value) and not (key.tail and whole[0]))):
         raise _Refused(
             "is_causal=True with a cache: torch aligns it to the top left corner, so new tokens would see only the "

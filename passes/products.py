@@ -13,7 +13,7 @@ from mikv_compile.passes.constants import constant
 from mikv_compile.passes.node_utils import argument, fake, operation, rank, same_kind, same_shape, writes_in_place
 from mikv_compile.passes.views import is_cast, op_name, permutation, view_input
 
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "einsum")
 MATMUL_TARGETS = (torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "__matmul__", "bmm")
 _MAX_VIEWS = 6  # copies and reshapes between a transpose and the product that the decompositions put there
 
@@ -53,7 +53,7 @@ def read_product(node: Node) -> Product | str | None:
         return _read_einsum(node)
     if name == "baddbmm":
         return _read_baddbmm(node)
-    left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name == "bmm" else "other")
+    left, right = argument(node, 0, "input"), argument(node, 1, "mat2" if name in ("bmm", "mm") else "other")
     return _labelled(node, left, right)
 
 
@@ -99,7 +99,10 @@ def _read_einsum(node: Node) -> Product | str | None:
     terms = inputs.split(",")
     if len(terms) != 2:
         return None
-    spread = [rank(x) - len(term.replace("...", "")) if "..." in term else 0 for x, term in zip(operands, terms)]  # type: ignore[operator]
+    spread = [
+        rank(x) - len(term.replace("...", "")) if "..." in term else 0  # type: ignore[operator]
+        for x, term in zip(operands, terms, strict=True)
+    ]
     free = [letter for letter in string.ascii_letters if letter not in equation]
     most = max(spread)
     shared = "".join(free[:most])
@@ -110,7 +113,8 @@ def _read_einsum(node: Node) -> Product | str | None:
     result = result.replace("...", shared)
     if any(len(set(term)) != len(term) for term in (*terms, result)):
         return f"`{node.name}` takes a diagonal"
-    return Product(node, Operand(operands[0], terms[0]), Operand(operands[1], terms[1]), result)
+    left, right = (Operand(x, term) for x, term in zip(operands, terms, strict=True) if isinstance(x, Node))
+    return Product(node, left, right, result)
 
 
 def scalar_factor(node: Node) -> tuple[Node, float] | None:

@@ -40,7 +40,7 @@ class Attention:
     output: Node
     """The node whose value is the attention output."""
     nodes: tuple[Node, ...]
-    """The idiom's nodes in graph order, `output` last; all of them are dead once `output` is replaced."""
+    """The idiom's nodes in graph order, but `output` last; all of them are dead once `output` is replaced."""
     query: Node
     key: Node
     """The key operand before the idiom's own transpose."""

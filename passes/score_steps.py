@@ -39,6 +39,7 @@ class Term:
     inverted: bool = False
 
     def record(self) -> ScoreTerm:
+        """The term with names for its dimensions, once the axes have theirs."""
         return ScoreTerm(self.kind, self.node, self.value, layout_names(self.layout), self.inverted)
 
 
@@ -55,6 +56,8 @@ class Scores:
     terms: list[Term] = field(default_factory=list)
     shifted: bool = False
     """Whether something constant along the tokens was added: softmax takes it away, other steps do not."""
+    shift_tokens: list[tuple[Axis, ...]] = field(default_factory=list)
+    """What the last dimension was at every such step."""
     sinks: Node | None = None
     sinks_first: bool = False
     sink_layout: Layout = ()
@@ -88,6 +91,8 @@ class Scores:
 
     def finish(self) -> None:
         """Check what only the end of the steps can tell."""
+        if any(leaves(axes) != self.tokens for axes in self.shift_tokens):
+            raise Unsupported("something is added to scores whose last dimension is not the tokens yet")
         for term in self.terms:
             if term.kind == "fill" and not term.value <= MASKED:
                 raise Unsupported(
@@ -146,8 +151,10 @@ class Scores:
             self._scale(node, own)
         if constant(other) == 0:
             return
-        if constant(other) is not None or self._constant_along_tokens(other):
+        number = constant(other)
+        if (number is not None and math.isfinite(number)) or self._constant_along_tokens(other):
             self.shifted = True  # softmax does not see it
+            self.shift_tokens.append(self.tokens)
             return
         self._no_sinks(node)
         self._check_added(node, other)
@@ -170,7 +177,7 @@ class Scores:
 
     @property
     def tokens(self) -> tuple[Axis, ...]:
-        """The axes of the last dimension, over which softmax goes."""
+        """The axes of the last dimension, over which softmax goes at the end (see `finish`)."""
         return leaves(self.layout[-1])
 
     def _masked_fill(self, node: Node) -> None:
@@ -295,86 +302,3 @@ _STEPS = {
     "clamp_min": Scores._maximum,
     "cat": Scores._cat,
 }
-
-
-def dropout_problem(node: Node) -> str | None:
-    """Why a dropout changes its input; None if it does nothing."""
-    probability = argument(node, 1, "p", 0.5)
-    training = argument(node, 2, "train", node.kwargs.get("training", True))
-    if training is False or constant(probability) == 0:
-        return None
-    return f"dropout with p={probability} changes the output at random; call `model.eval()`"
-
-
-@dataclass
-class Probabilities:
-    """The probabilities after some steps behind the softmax."""
-
-    layout: Layout
-    sinks: Scores | None
-    """The scores with their sink column, while it has not been cut off."""
-
-    def step(self, node: Node, source: Node) -> None:
-        """Take in one step; `source` is the node before."""
-        if operation(node) == "dropout":
-            problem = dropout_problem(node)
-            if problem:
-                raise Unsupported(problem)
-            return
-        if view_input(node) is source and is_cast(node):
-            value, before = fake(node), fake(source)
-            if value is None or before is None or not value.dtype.is_floating_point or value.device != before.device:
-                raise Unsupported(f"the attention probabilities are cast by `{node.name}` to {value and value.dtype}")
-            return
-        if self.sinks is not None and _is_slice(node):
-            self._cut_sinks(node, source)
-            return
-        try:
-            if view_input(node) is not source or self.sinks is not None:
-                raise NotAView(f"`{node.name}`")
-            self.layout = view_layout(node, self.layout)
-        except NotAView as problem:
-            raise Unsupported(
-                f"the attention probabilities are changed between softmax and the values: {problem}"
-            ) from None
-
-    def _cut_sinks(self, node: Node, source: Node) -> None:
-        """`probabilities[..., :-n]`, or `[..., n:]` where the sinks come first."""
-        assert self.sinks is not None
-        before, after, column = shape_of(source), shape_of(node), shape_of(self.sinks.sinks)
-        bounds = _last_slice(node, len(self.layout))
-        if before is None or after is None or column is None or bounds is None or len(before) != len(after):
-            raise Unsupported(f"`{node.name}` does not cut exactly the sink column off the probabilities")
-        same = all(known_equal(x, y) for x, y in zip(before[:-1], after[:-1], strict=True))
-        start, whole = bounds[0] or 0, known_equal(after[-1] + column[-1], before[-1])
-        right = known_equal(start, column[-1]) if self.sinks.sinks_first else known_equal(start, 0)
-        if not (same and whole and right):
-            raise Unsupported(f"`{node.name}` does not cut exactly the sink column off the probabilities")
-        self.sinks = None
-
-
-def _is_slice(node: Node) -> bool:
-    return operation(node) in ("getitem", "slice", "narrow")
-
-
-def _last_slice(node: Node, rank: int) -> tuple[Any, Any] | None:
-    """Start and stop of a slice of the last dimension, step 1; None if the node does something else."""
-    name = operation(node)
-    if name in ("slice", "narrow"):
-        dim, start = argument(node, 1, "dim", 0), argument(node, 2, "start")
-        if not isinstance(dim, int) or dim % rank != rank - 1 or argument(node, 4, "step", 1) != 1:
-            return None
-        return (start, None) if _is_size(start) else None
-    index = argument(node, 1, "index")
-    items = list(index) if isinstance(index, tuple | list) else [index]
-    *others, last = items
-    if not isinstance(last, slice) or last.step not in (None, 1) or not _is_size(last.start):
-        return None
-    if len(items) != rank and Ellipsis not in items:
-        return None
-    plain = all(x is Ellipsis or x == slice(None) for x in others)
-    return (last.start, last.stop) if plain and others.count(Ellipsis) <= 1 else None
-
-
-def _is_size(value: object) -> bool:
-    return value is None or (isinstance(value, int) and value >= 0)

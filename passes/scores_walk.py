@@ -21,9 +21,13 @@ SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 _MAX_DEPTH = 24  # steps between a product and the softmax
 _MAX_SIDE_DEPTH = 6  # steps of a side computation such as the row maximum
 _BOTH_SIDES = ("add", "sub", "rsub", "mul", "div", "where", "max", "maximum")
-# Steps nobody supports; walking through them gives a reason instead of silence.
-_UNSUPPORTED = ("nan_to_num", "relu", "sigmoid", "clamp", "clamp_min", "pow", "abs", "exp", "scatter", "index_fill",
-                "masked_scatter", "dropout", "softplus", "neg", "masked_fill", "tanh", "pad", "rdiv", "log")  # fmt: skip
+# Steps with one input. Some are not supported; walking through them gives a reason instead of silence.
+_ONE_INPUT = (
+    "nan_to_num", "relu", "sigmoid", "clamp", "clamp_min", "pow", "abs", "exp", "log", "scatter", "index_fill", "tanh",
+    "masked_scatter", "dropout", "softplus", "neg", "masked_fill", "pad", "rdiv",
+)  # fmt: skip
+
+_CHECKS = ("_assert_tensor_metadata",)  # what export adds to every cast
 
 
 def chains_to_products(node: Node, user: Node) -> list[list[Node]]:
@@ -58,7 +62,7 @@ def _inputs(node: Node) -> list[Node]:
     elif name == "cat":
         parts = argument(node, 0, "tensors")
         values = list(parts) if isinstance(parts, list | tuple) else []
-    elif name in _UNSUPPORTED or view_input(node) is not None:
+    elif name in _ONE_INPUT or view_input(node) is not None:
         values = [argument(node, 0, "input", node.kwargs.get("self"))]
     else:
         values = []
@@ -107,7 +111,7 @@ def side_nodes(chain: set[Node], last: Node) -> tuple[set[Node], str | None]:
             return set()
         if depth > _MAX_SIDE_DEPTH or node.op not in ("call_function", "call_method") or writes_in_place(node):
             return None
-        if not node.users and not (is_metadata(node) or op_name(node) is not None):
+        if not node.users and not (is_metadata(node) or op_name(node) is not None or operation(node) in _CHECKS):
             return None
         found = {node}
         for user in node.users:

@@ -107,6 +107,11 @@ def is_cached_tensor(node: object) -> bool:
     )
 
 
+def is_allocated(node: object) -> bool:
+    """Whether a node is zeros of 3 or 4 dimensions, as a preallocated cache begins."""
+    return operation(node) in ("zeros", "zeros_like", "new_zeros") and rank(node) in LAYOUTS
+
+
 def _cached(past: Node, layout: str) -> tuple[Node | None, Any, Any]:
     """The cached tensor behind `past`, and which of its columns `past` is: `[first:position]`."""
     if is_cached_tensor(past):

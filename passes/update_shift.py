@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from mikv_compile.passes.node_utils import argument, fake, is_metadata, known_equal, operation, same_kind, shape_of
+from mikv_compile.passes.node_utils import (
+    argument,
+    fake,
+    is_metadata,
+    known_equal,
+    operation,
+    output_positions,
+    same_kind,
+    shape_of,
+)
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
+from mikv_compile.passes.update_cat import LAYOUTS, is_allocated, is_cached_tensor
 from mikv_compile.passes.views import in_place_writers, slice_of_tokens, view_input
 
 
 def recognize(node: Node) -> CacheUpdate | Declined | None:
     """Recognize `cache.copy_(x)` where x is the cache rolled by its new tokens, or the newest tokens of a prompt."""
-    if operation(node) != "copy" or not is_cached_tensor(node.args[0]) or not isinstance(node.args[1], Node):
+    if operation(node) != "copy" or not isinstance(node.args[0], Node) or not isinstance(node.args[1], Node):
         return None
     cached, source = node.args[0], node.args[1]
-    if in_place_writers(cached) != [node] or not same_kind(cached, source) or not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
+    if not is_cached_tensor(cached) and not is_allocated(cached):
+        return None
+    if in_place_writers(cached) != [node] or not same_kind(cached, source):
+        return None
+    if not fake(cached).dtype.is_floating_point:  # type: ignore[union-attr]
         return None
     return _rolled(node, cached, source) or _replaced(node, cached, source)
 
@@ -85,13 +98,15 @@ def _update(
     position: int | None = None,
 ) -> CacheUpdate:
     readers = dict.fromkeys([*cached.users, *result.users])
+    outputs = tuple(sorted({*output_positions(cached), *output_positions(node)}))
     capacity = shape_of(cached)[layout.index("T")]  # type: ignore[index]
     return CacheUpdate(
         result=result,
-        past=cached,
+        past=None if is_allocated(cached) else cached,
         new=new,
         layout=layout,
         kind=kind,
+        outputs=outputs,
         metadata_users=tuple(sorted(user for user in readers if is_metadata(user))),
         sources=(cached,) if kind == "roll" else (),
         written=node,

@@ -23,10 +23,8 @@ from mikv_compile.passes.node_utils import (
 )
 from mikv_compile.passes.records import CacheUpdate
 from mikv_compile.passes.report import Declined
-from mikv_compile.passes.update_cat import LAYOUTS, is_cached_tensor
+from mikv_compile.passes.update_cat import LAYOUTS, is_allocated, is_cached_tensor
 from mikv_compile.passes.views import aliases, in_place_writers, is_alias, slice_bounds, view_input
-
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _root(target: Node) -> Node | None:
     """The cached tensor that `target` is: a graph input, or zeros made in this graph."""
     while (source := view_input(target)) is not None and is_alias(target):
         target = source
-    if is_cached_tensor(target) or (operation(target) in _ZEROS and rank(target) in LAYOUTS):
+    if is_cached_tensor(target) or is_allocated(target):
         return target
     return None
 

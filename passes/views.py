@@ -82,7 +82,7 @@ def op_name(node: Node) -> str | None:
     aten = aten_name(node.target)
     if aten is not None:
         aten = _ATEN_NAMES.get(aten, aten)
-        return aten if aten in _METHODS else None
+        return aten if aten in _METHODS | {"mT"} else None
     try:
         return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     except TypeError:  # a target that cannot be hashed
@@ -336,14 +336,22 @@ def is_alias(node: Node) -> bool:
     return source is not None and op_name(node) in _ALIASING and same_kind(node, source) and not node.kwargs.get("copy")
 
 
+def _is_copy(node: Node) -> bool:
+    """Whether a node has memory of its own for sure."""
+    source = view_input(node)
+    return op_name(node) in ("clone", "repeat", "repeat_interleave") or (
+        source is not None and not same_kind(node, source)
+    )
+
+
 def aliases(root: Node) -> list[Node]:
-    """`root` and all nodes that may share memory with it, as far as views tell."""
-    while (source := view_input(root)) is not None:
+    """`root` and all nodes that may share memory with it, as far as views tell; `contiguous` and `reshape` may."""
+    while (source := view_input(root)) is not None and not _is_copy(root):
         root = source
     found, todo = {root: None}, [root]
     while todo:
         for user in todo.pop().users:
-            if user not in found and view_input(user) in found:
+            if user not in found and view_input(user) in found and not _is_copy(user):
                 found[user] = None
                 todo.append(user)
     return list(found)

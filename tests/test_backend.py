@@ -175,18 +175,18 @@ def test_cuda_without_triton_is_declined(monkeypatch):
     monkeypatch.setattr(lowering, "fake", lambda node: Key)
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(lowering._CannotServeError, match="need the package triton"):
-        lowering._plan(_Site(), 0, 1, None, None)
+        lowering._check_storage(_Site(), 1, None)
 
 
 class _Site:
     class key:
-        new = past = None
+        new = past = capacity = None
+        layout = "BHTD"
 
     value = key
 
 
-def test_a_compressed_cache_meets_a_graph_that_cannot_be_rewritten():
-    """The step uses the keys for something else too: it gets dense values, and the report says so."""
+def test_a_step_that_uses_the_keys_for_something_else_reads_them_densely():
     model = Decoder(layers=1)
     cache = model.new_cache()
     run(compiled(model, budget=1.0), cache, inputs([30]))
@@ -201,8 +201,28 @@ def test_a_compressed_cache_meets_a_graph_that_cannot_be_rewritten():
         (x0,), (x1,) = inputs([30]), inputs([1], seed=3)
         model(x0, dense)
         torch.testing.assert_close(compiled(step)(x1, cache), step(x1, dense), atol=1e-4, rtol=1e-5)
-    assert type(cache.keys[0]) is torch.Tensor
-    assert handle.store.fallbacks == {"declined site": 2}  # keys and values
+    assert cache.keys[0].store is handle.store and handle.store.length == 31
+    (site,) = graph_reports()[-1].rewritten
+    assert (
+        site.reads == "dense" and "also read by `sum_1`" in site.reason and "read densely" in str(graph_reports()[-1])
+    )
+
+
+def test_a_compressed_cache_meets_a_graph_that_cannot_be_rewritten():
+    """Nothing attends to the cache after the step has appended to it in an unknown way: it gets dense values."""
+    model = Decoder(layers=1)
+    cache = model.new_cache()
+    run(compiled(model, budget=1.0), cache, inputs([30]))
+    handle = cache.keys[0]
+
+    def step(cache):
+        cache.keys[0] = torch.cat([cache.keys[0], cache.keys[0][:, :, -1:]], 2)
+        return cache.keys[0].sum()
+
+    with torch.no_grad():
+        compiled(step)(cache)
+    assert type(cache.keys[0]) is torch.Tensor and cache.keys[0].shape[2] == 31
+    assert handle.store.fallbacks == {"declined site": 1}
 
 
 def test_cross_attention_of_equal_lengths_is_no_growing_cache():

@@ -62,7 +62,7 @@ def check(gm: GraphModule, inputs: tuple[Any, ...], found: list[Attention], tole
 def check_nodes(record: Attention) -> None:
     """The idiom's nodes are in order, end with the output, and nothing outside reads them."""
     nodes = set(record.nodes)
-    assert list(record.nodes) == sorted(record.nodes) and record.nodes[-1] is record.output
+    assert list(record.nodes[:-1]) == sorted(record.nodes[:-1]) and record.nodes[-1] is record.output
     for node in record.nodes[:-1]:
         assert set(node.users) <= nodes, f"{node} is read by others"
     assert not nodes & set(operands_of(record))
@@ -113,14 +113,17 @@ def _sizes(record: Attention, values: dict[Node, torch.Tensor]) -> dict[str, int
                 equations.append((dim, size))
     for term in record.terms:
         shape = values[term.node].shape
-        equations += [(dim, size) for dim, size in zip(term.dims[::-1], shape[::-1]) if size != 1]
+        equations += [(dim, size) for dim, size in zip(term.dims[::-1], shape[::-1], strict=False) if size != 1]
+    if record.sinks is not None:
+        shape = values[record.sinks].shape
+        equations += [(dim, size) for dim, size in zip(("r", "kg", "b"), shape[-2::-1], strict=False) if size != 1]
     known: dict[str, int] = {}
     for _ in range(4):
         for dim, size in equations:
             unknown = [atom for atom in dim if atom not in known and atom != "1"]
             if len(unknown) == 1:
                 known[unknown[0]] = size // math.prod(known.get(atom, 1) for atom in dim)
-    for dim, size in equations:
+    for dim, size in sorted(equations, key=lambda equation: len(equation[0])):
         for atom in (atom for choice in "kbgrtd" for atom in dim if atom == choice and atom not in known):
             known[atom] = size // math.prod(known.get(other, 1) for other in dim)
     return {atom: known.get(atom, 1) for atom in ATOMS}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 B, H, GROUPS, D, PAST = 2, 2, 2, 4, 5
 HQ = H * GROUPS
@@ -32,6 +33,60 @@ def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -
     """The one Dynamo graph of `fn(*inputs)`."""
     (graph,) = capture_calls(fn, inputs, dynamic=dynamic)
     return graph
+
+
+def dynamo(fn: Callable[..., Any], *inputs: Any, symbolic: int | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The one Dynamo graph of `fn(*inputs)`, and copies of its own inputs; every size `symbolic` gets a symbol."""
+    graphs: list[tuple[GraphModule, tuple[Any, ...]]] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            graphs.append((gm, tuple(_copy(x) for x in args)))
+            return gm.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    copies = [_copy(x) for x in inputs]
+    for copy in copies:
+        if isinstance(copy, torch.Tensor):
+            torch._dynamo.mark_dynamic(copy, [dim for dim, size in enumerate(copy.shape) if size == symbolic])
+    with torch.no_grad():
+        torch.compile(fn, backend=backend, fullgraph=True)(*copies)
+    ((gm, args),) = graphs
+    return gm, args
+
+
+def exported(fn: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The graph of `torch.export`, in its training IR."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return fn(*args)
+
+    with torch.no_grad():
+        gm = torch.export.export(Module().eval(), inputs).module()
+    assert isinstance(gm, GraphModule)
+    return gm, inputs
+
+
+def decomposed(fn: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The graph of `make_fx` below the dispatcher: matmul is expand, view and bmm there."""
+    with torch.no_grad():
+        return make_fx(fn, tracing_mode="fake")(*inputs), inputs
+
+
+def pre_dispatch(fn: Callable[..., Any], *inputs: Any) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The graph of `make_fx` above the dispatcher."""
+    with torch.no_grad():
+        return make_fx(fn, tracing_mode="fake", pre_dispatch=True)(*inputs), inputs
+
+
+TRACERS = (dynamo, exported, decomposed, pre_dispatch)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def query(tokens: int = 1, heads: int = HQ) -> torch.Tensor:

@@ -36,10 +36,6 @@ def attend(q, k, v):
     return torch.softmax(q @ k.mT * 0.5, -1) @ v
 
 
-def upcast_scores(q, k, v):
-    return torch.softmax((q @ k.mT).float(), -1).to(q.dtype) @ v
-
-
 ACCEPTED = {
     "matmul functions": lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.transpose(2, 3)), -1), v),
     "methods": lambda q, k, v: q.matmul(k.transpose(-1, -2)).softmax(dim=-1).matmul(v),
@@ -141,48 +137,8 @@ def test_probabilities_with_another_user_decline():
     refused("probabilities are also read", fn, *operands())
 
 
-def test_cast_between_scores_and_softmax_declines():
-    refused("cast", upcast_scores, *operands(torch.bfloat16))
-
-
 def test_dropout_in_training_declines():
     refused("model.eval()", lambda q, k, v: F.dropout(torch.softmax(q @ k.mT, -1), 0.1) @ v, *operands())
-
-
-def test_softcap_declines():
-    refused("tanh", lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT / 5) * 5, -1) @ v, *operands())
-
-
-def test_sinks_decline():
-    def fn(q, k, v, sinks):
-        scores = torch.cat([q @ k.mT, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], dim=-1)
-        scores = scores - scores.max(dim=-1, keepdim=True).values
-        return torch.softmax(scores, -1)[..., :-1] @ v
-
-    refused("sink", fn, *operands(), torch.zeros(HQ))
-
-
-def test_masked_fill_declines():
-    def fn(q, k, v, m):
-        return torch.softmax((q @ k.mT).masked_fill(m, float("-inf")), -1) @ v
-
-    refused("masked_fill", fn, *operands(), torch.zeros(3, T, dtype=torch.bool))
-
-
-def test_scaled_mask_declines():
-    refused(
-        "mask together", lambda q, k, v, m: torch.softmax((q @ k.mT + m) * 0.5, -1) @ v, *operands(), torch.zeros(3, T)
-    )
-
-
-def test_two_added_terms_decline():
-    refused(
-        "position bias",
-        lambda q, k, v, m, bias: torch.softmax(q @ k.mT + bias + m, -1) @ v,
-        *operands(),
-        torch.zeros(3, T),
-        torch.zeros(HQ, 3, T),
-    )
 
 
 def test_two_products_decline():
@@ -204,27 +160,6 @@ def test_bool_mask_added_declines():
         lambda q, k, v, m: torch.softmax(q @ k.mT + m, -1) @ v,
         *operands(),
         torch.ones(3, T, dtype=torch.bool),
-    )
-
-
-def test_added_number_declines():
-    refused("not a mask tensor", lambda q, k, v: torch.softmax(q @ k.mT + 1.0, -1) @ v, *operands())
-
-
-def test_key_without_transpose_declines():
-    refused(
-        "transposed", lambda q, k, v: torch.softmax(q @ k, -1) @ v, query(3), torch.randn(B, HQ, D, T), operands()[2]
-    )
-
-
-def test_wrong_permute_declines():
-    x = torch.randn(B, HQ, T, T)
-    refused("transposed", lambda q, k, v: torch.softmax(q @ k.permute(0, 1, 2, 3), -1) @ v, x, x.clone(), x.clone())
-
-
-def test_three_dimensions_decline():
-    refused(
-        "3 dimensions", lambda q, k, v: torch.softmax(torch.bmm(q[0], k[0].transpose(1, 2)), -1) @ v[0], *operands()
     )
 
 

@@ -86,9 +86,16 @@ def test_odd_arguments_decline(changed):
     assert isinstance(found, Declined)
 
 
-def test_three_dimensions_decline():
-    found = only(lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), *operands())
-    assert isinstance(found, Declined) and "3 dimensions" in found.reason
+def test_six_dimensions_decline():
+    found = only(
+        lambda q, k, v: F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None]), *operands()
+    )
+    assert isinstance(found, Declined) and "6 dimensions" in found.reason
+
+
+def test_grouped_heads_without_a_batch_decline():
+    found = only(lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0], enable_gqa=True), *operands())
+    assert isinstance(found, Declined) and "enable_gqa" in found.reason
 
 
 def test_unknown_rank_declines():
