@@ -204,6 +204,26 @@ inline Vec exp_nonpositive(Vec x) {
   return underflow ? Vec{} : p * load<Vec>(&power);
 }
 
+// tanh(x) to a few ulp: a quotient of polynomials that reaches 1 at the bound (the coefficients are Eigen's).
+inline Vec tanh_of(Vec x) {
+  const Vec bound = splat(7.90531110763549805f);
+  x = x > bound ? bound : x;  // not min and max: NaN passes
+  x = x < -bound ? -bound : x;
+  const Vec x2 = x * x;
+  Vec p = splat(-2.76076847742355e-16f);
+  p = p * x2 + 2.00018790482477e-13f;
+  p = p * x2 - 8.60467152213735e-11f;
+  p = p * x2 + 5.12229709037114e-08f;
+  p = p * x2 + 1.48572235717979e-05f;
+  p = p * x2 + 6.37261928875436e-04f;
+  p = p * x2 + 4.89352455891786e-03f;
+  Vec q = splat(1.19825839466702e-06f);
+  q = q * x2 + 1.18534705686654e-04f;
+  q = q * x2 + 2.26843463243900e-03f;
+  q = q * x2 + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Half precision.
 
@@ -641,6 +661,12 @@ const uint8_t* mask_row(const Call& call, int64_t b, int64_t h, int64_t packed_r
   return call.mask + at * (call.mask_kind == kBoolMask ? 1 : 4);
 }
 
+// s = softcap * tanh(s / softcap) for one row's scores of n slots.
+void cap_row(float* scores, int64_t n, float softcap) {
+  const float inverse = 1.0f / softcap;
+  for (int64_t i = 0; i < n; i += kLanes) store(scores + i, tanh_of(load<Vec>(scores + i) * inverse) * softcap);
+}
+
 // Turn one row's scores of n slots into weights; keep the running maximum, sum and accumulator in step.
 void softmax_row(float* scores, const float* bias, int64_t n, float& row_max, Vec& row_sum, float* acc,
                  int64_t value_pad) {
@@ -674,13 +700,15 @@ void softmax_row(float* scores, const float* bias, int64_t n, float& row_max, Ve
 
 // One tile of one tier: slots [begin, begin + n).
 void attend_tile(const Call& call, const Plan& plan, const Tier& tier, int64_t b, int64_t h, int64_t first_row,
-                 int64_t rows, int64_t begin, int64_t n, const Scratch& mine) {
+                 int64_t rows, int64_t begin, int64_t n, float softcap, const Scratch& mine) {
   const float* q = tier.balanced ? mine.q_balanced : mine.q;
   prefetch(tier.value, b, h, begin, n, call.value_dim);
   const Matrix keys = read_tile(tier.key, b, h, begin, n, call.key_dim, kSlotPad, mine.unpacker, mine.tile);
   for_row_blocks(rows, [&](int64_t r, auto count) {
     score_rows<count>(q + r * plan.key_pad, plan.key_pad, keys, round_up(n, kSlotPad), mine.scores + r * kTile);
   });
+  if (softcap != 0.0f)
+    for (int64_t r = 0; r < rows; ++r) cap_row(mine.scores + r * kTile, n, softcap);
 
   const int32_t* positions = tier.positions;
   if (positions) positions += b * tier.position_batch_stride + h * tier.position_head_stride + begin;
@@ -717,7 +745,7 @@ struct Partials {
   float* acc;  // [B * H_kv * G * R, splits, value_pad]
 };
 
-void run_item(const Call& call, const Plan& plan, float scale, int64_t item, const Scratch& mine,
+void run_item(const Call& call, const Plan& plan, float scale, float softcap, int64_t item, const Scratch& mine,
               const Partials& partials) {
   const int64_t split = item % plan.splits, block = item / plan.splits;
   const int64_t first_row = block % plan.row_blocks * kRowBlock, pair = block / plan.row_blocks;
@@ -745,7 +773,7 @@ void run_item(const Call& call, const Plan& plan, float scale, int64_t item, con
     const Tier& tier = call.tiers[t];
     while (from < tier.count && left > 0) {
       const int64_t n = std::min({kTile, left, tier.count - from});
-      attend_tile(call, plan, tier, b, h, first_row, rows, from, n, mine);
+      attend_tile(call, plan, tier, b, h, first_row, rows, from, n, softcap, mine);
       from += n;
       left -= n;
     }
@@ -786,8 +814,8 @@ void merge_row(const Call& call, const Plan& plan, int64_t row, const Partials& 
 
 }  // namespace
 
-// Returns 0, or 1 when memory ran out.
-extern "C" int mikv_attend(const void* arguments, float scale) {
+// A softcap of 0 stands for none. Returns 0, or 1 when memory ran out.
+extern "C" int mikv_attend(const void* arguments, float scale, float softcap) {
   const Call& call = *static_cast<const Call*>(arguments);
   const Plan plan(call);
   const int threads = static_cast<int>(std::min(call.threads, std::max<int64_t>(plan.items, 1)));
@@ -812,7 +840,7 @@ extern "C" int mikv_attend(const void* arguments, float scale) {
 #endif
     const Scratch mine(plan, base + thread * scratch_floats);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t item = 0; item < plan.items; ++item) run_item(call, plan, scale, item, mine, partials);
+    for (int64_t item = 0; item < plan.items; ++item) run_item(call, plan, scale, softcap, item, mine, partials);
   }
   // At most 2 * kItems * kRowBlock partial rows, mostly far fewer: cheaper than one more barrier.
   if (plan.splits > 1)

@@ -188,8 +188,8 @@ def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows
 
     for begin in range(first, rows, ROW_CHUNK):
         end = min(begin + ROW_CHUNK, rows)
-        products = pack_rows(q[:, :, begin:end], kv_heads) @ keys * args.scale
-        scores = _capped(products, args.softcap).view(batch, heads, end - begin, tokens)
+        scores = _capped((pack_rows(q[:, :, begin:end], kv_heads) @ keys).mul_(args.scale), args.softcap)
+        scores = scores.view(batch, heads, end - begin, tokens)
         if args.mask is not None:
             scores = _masked(scores, of_rows(args.mask, begin, end))
         if args.is_causal:

@@ -22,14 +22,14 @@ _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[int, float], int]:
+def _kernel() -> Callable[[int, float, float], int]:
     """The compiled entry point; built on first use."""
     try:
         source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
         function = load_cpp_library(source, "attention").mikv_attend
     except (OSError, RuntimeError, AttributeError) as error:
         raise BuildError(str(error)) from error
-    function.argtypes = [ctypes.c_void_p, ctypes.c_float]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
     function.restype = ctypes.c_int
     return function
 
@@ -124,8 +124,6 @@ def attend(
     """
     if not q.is_cpu or q.dtype not in _FLOAT_KINDS:
         raise NotCovered(f"queries of {q.dtype} on {q.device}")
-    if softcap:
-        raise NotCovered("a softcap")
     kernel = _kernel()
     batch, heads, rows, key_dim = q.shape
     kv_heads, own, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -175,6 +173,6 @@ def attend(
             *tiers,
         ],
     )
-    if kernel(call.buffer_info()[0], scale):
+    if kernel(call.buffer_info()[0], scale, softcap):
         raise MemoryError("the attention kernel could not allocate its scratch space")
     return out.to(q.dtype), lse

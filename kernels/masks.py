@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from mikv_compile.kernels.formats import Orders
 
+NOTHING = 150.0
+"""The exponential of minus this number is 0 in float32, however many columns there are."""
+
 
 def four_dims(x: torch.Tensor | None) -> torch.Tensor | None:
     """A tensor that broadcasts to [B, H_q, R, columns] with four dimensions; what only repeats along B, H_q or R has
@@ -55,12 +58,18 @@ def by_position(mask: torch.Tensor | None, orders: Orders, own: int, device: tor
     return F.pad(seen, (orders.first, 0), value=False if seen.dtype == torch.bool else float("-inf"))
 
 
+def _matter(columns: torch.Tensor, lse: torch.Tensor) -> bool:
+    """Whether columns of a mask with score 0 change any row's log-sum-exp in float32."""
+    return bool(columns.any() if columns.dtype == torch.bool else columns.amax() >= lse.amin() - NOTHING)
+
+
 def add_unwritten(
     out: torch.Tensor, lse: torch.Tensor, mask: torch.Tensor | None, orders: Orders, own: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the softmax of a call also count the columns of its mask beyond the call's own tokens.
 
-    They have score 0 (plus an additive mask) and value 0, so they only enlarge the denominator.
+    They have score 0 (plus an additive mask) and value 0, so they only enlarge the denominator. A row whose scores are
+    all masked with the lowest finite number is left as it is: its log-sum-exp does not tell how many they are.
 
     Args:
         out: [B, H_q, R, D_v], lse: [B, H_q, R] float32, without those columns. Other arguments as in
@@ -71,8 +80,8 @@ def add_unwritten(
     if mask is None or mask.shape[3] == 1 or mask.shape[3] <= columns:
         return out, lse
     rest = mask[..., columns:]
-    # Looking at the mask makes a GPU wait, but saves a CPU nearly all of the work.
-    if rest.device.type == "cpu" and rest.dtype == torch.bool and not rest.any():
+    # A look at the values saves a CPU nearly all of the work, but would make a GPU wait.
+    if rest.device.type == "cpu" and not _matter(rest, lse):
         return out, lse
     extra = rest.sum(dim=-1).log() if rest.dtype == torch.bool else rest.float().logsumexp(dim=-1)
     total = torch.logaddexp(lse, extra)

@@ -66,6 +66,15 @@ def _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK:
 
 
 @triton.jit
+def _capped(scores, softcap, CAPPED: tl.constexpr):
+    """``softcap * tanh(scores / 2)``, if CAPPED; see ``_score_args`` for the other factors."""
+    if CAPPED:
+        # From exp, as the interpreter has no tanh; its error is that of a float32 number as large as the softcap.
+        scores = softcap - 2.0 * softcap / (1.0 + tl.exp(scores))
+    return scores
+
+
+@triton.jit
 def _dot_keys(
     q, codes, codes_sn, scales, zeros, slot, slot_ok,
     DIM: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, DOT: tl.constexpr,
@@ -123,10 +132,10 @@ def attend_kernel(
     value_codes, value_sb, value_sh, value_sn, value_scales, value_zeros,
     positions, balancer, mask, mask_sb, mask_sh, mask_sr, mask_sc,
     part_out, part_max, part_sum,
-    scale, blocks, first_split, count, length, capacity, kv_heads, group, rows,
+    scale, softcap, blocks, first_split, count, length, capacity, kv_heads, group, rows,
     KEY_DIM: tl.constexpr, KEY_BITS: tl.constexpr, KEY_TOKENS: tl.constexpr, KEY_CHANNELS: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_TOKENS: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
-    BALANCED: tl.constexpr, MASK: tl.constexpr, POSITIONED: tl.constexpr, DOT: tl.constexpr,
+    BALANCED: tl.constexpr, MASK: tl.constexpr, POSITIONED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (s, i, b * H_kv + h): the i-th M packed rows attend to the s-th ``blocks`` blocks of N slots.
@@ -171,6 +180,7 @@ def attend_kernel(
         if POSITIONED and MASK != MASK_NONE:
             place = tl.load(positions + head * capacity + slot, mask=slot_ok, other=0)
         ok = row_ok[:, None] & slot_ok[None, :]
+        scores = _capped(scores, softcap, CAPPED)
         scores = _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK)
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         # While a row has seen only -inf, any finite pivot gives weights of 0 where -inf would give NaN.
@@ -259,6 +269,15 @@ def _mask_args(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> dict:
     return {"mask": full, **_strides("mask", full, "bhrc"), "MASK": kind.value}
 
 
+def _score_args(scale: float, softcap: float) -> dict:
+    """Kernel arguments for ``scale * qk``, or for ``softcap * tanh(scale * qk / softcap)`` if the softcap is not 0.
+
+    The scale takes the factors within the tanh of ``_capped`` along.
+    """
+    factor = 2.0 * scale / softcap if softcap else scale
+    return {"scale": float(factor), "softcap": float(softcap), "CAPPED": softcap != 0}
+
+
 def _tiling(rows: int, slots: int, dims: int, dot: tl.dtype, bits: tuple[int, ...]) -> tuple[int, int, dict]:
     """Rows and slots per tile of ``dims`` channels, and compile options, with the aim that nothing spills.
 
@@ -287,13 +306,11 @@ def attend(
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a call's queries over all tiers and its own tokens; see :func:`attention.attend`."""
-    if softcap or not k.shape[2]:
-        raise NotCovered("a softcap, or no own tokens")
     need_floats(q, k, v)
     batch, heads, rows, key_dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[-1]
     q, k, v = neighbours(q), neighbours(k), neighbours(v)
-    parts = [_own_part(k, v)]
+    parts = [_own_part(k, v)] if k.shape[2] else []
     for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
         if count:
             need_contiguous(*tier.key, *tier.value, tier.positions)
@@ -333,7 +350,7 @@ def attend(
             **side_args("value", part.value, part.value_fmt, value_dim), **_strides("value", part.value.codes, "bhn"),
             positions=part.positions, balancer=buffers.balancer.contiguous() if balanced else None, **mask_args,
             part_out=part_out, part_max=part_max, part_sum=part_sum,
-            scale=float(scale), count=part.count, length=length,
+            **_score_args(scale, softcap), count=part.count, length=length,
             capacity=0 if part.positions is None else part.positions.shape[2],
             kv_heads=kv_heads, group=group, rows=rows,
             BALANCED=balanced, POSITIONED=part.positions is not None, PRECISION=dot_precision(),
@@ -356,9 +373,9 @@ def attend(
 def add_scores_kernel(
     q, q_sb, q_sh, q_sr, key_codes, key_sb, key_sh, key_sn, key_scales, key_zeros,
     positions, balancer, mask, mask_sb, mask_sh, mask_sr, mask_sc,
-    lse, sums, sums_stride, scale, count, length, capacity, kv_heads, group, rows,
+    lse, sums, sums_stride, scale, softcap, count, length, capacity, kv_heads, group, rows,
     KEY_DIM: tl.constexpr, KEY_BITS: tl.constexpr, KEY_TOKENS: tl.constexpr, KEY_CHANNELS: tl.constexpr,
-    BALANCED: tl.constexpr, MASK: tl.constexpr, POSITIONED: tl.constexpr, DOT: tl.constexpr,
+    BALANCED: tl.constexpr, MASK: tl.constexpr, POSITIONED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, KEY_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H_kv + h): the attention that the i-th N slots receive, M packed rows at a time.
@@ -394,6 +411,7 @@ def add_scores_kernel(
             KEY_DIM, KEY_BITS, KEY_TOKENS, KEY_CHANNELS, DOT, PRECISION, KEY_BLOCK, N,
         )  # fmt: skip
         ok = row_ok[:, None] & slot_ok[None, :]
+        scores = _capped(scores, softcap, CAPPED)
         scores = _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK)
         norm = tl.load(lse + head * group * rows + row, mask=row_ok, other=0.0)
         norm = tl.where(norm == float("-inf"), 0.0, norm)
@@ -417,8 +435,6 @@ def add_scores(
     length: int,
 ) -> torch.Tensor:
     """Add this call's attention to tier 0's scores and return the own tokens'; see :func:`attention.add_scores`."""
-    if softcap or not k.shape[2]:
-        raise NotCovered("a softcap, or no own tokens")
     need_floats(q, k)
     batch, heads, rows, key_dim = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]
@@ -428,8 +444,9 @@ def add_scores(
     q, k = neighbours(q), neighbours(k)
     own = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     # The own tokens first: should their kernel fail to build, the reference still finds the tier's scores untouched.
-    parts: list[tuple[SideBuffers, SideFormat, torch.Tensor | None, int, torch.Tensor]]
-    parts = [(SideBuffers(k, k, k), SideFormat(bits=16), None, tokens, own)]
+    parts: list[tuple[SideBuffers, SideFormat, torch.Tensor | None, int, torch.Tensor]] = []
+    if tokens:
+        parts.append((SideBuffers(k, k, k), SideFormat(bits=16), None, tokens, own))
     if count:
         parts.append((tier.key, key_fmt, tier.positions, count, buffers.scores))
     group = heads // kv_heads
@@ -446,7 +463,7 @@ def add_scores(
             positions=positions, balancer=buffers.balancer.contiguous() if side_fmt.balanced else None,
             **_mask_args(mask, (batch, heads, rows)),
             lse=lse.contiguous(), sums=sums, sums_stride=sums.shape[2],
-            scale=float(scale), count=part_count, length=length,
+            **_score_args(scale, softcap), count=part_count, length=length,
             capacity=0 if positions is None else positions.shape[2], kv_heads=kv_heads, group=group, rows=rows,
             BALANCED=side_fmt.balanced, POSITIONED=positions is not None, DOT=dot, PRECISION=dot_precision(),
             KEY_BLOCK=padded(key_dim), M=row_block, N=slot_block,
@@ -457,12 +474,13 @@ def add_scores(
 @triton.jit
 def _prefill_scores(
     query, k, k_sn, mask, mask_sr, mask_sc, row, row_ok, column, column_ok, channel, channel_ok, scale,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    softcap, CAUSAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scaled and masked scores of query rows [M, D] and keys [N] of one head: [M, N] float32."""
+    """Scaled, capped and masked scores of query rows [M, D] and keys [N] of one head: [M, N] float32."""
     where = column.to(tl.int64)[:, None] * k_sn + channel[None, :]
     keys = tl.load(k + where, mask=column_ok[:, None] & channel_ok[None, :], other=0.0).to(DOT)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+    scores = _capped(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, softcap, CAPPED)
     ok = row_ok[:, None] & column_ok[None, :]
     if CAUSAL:
         ok &= column[None, :] <= row[:, None]
@@ -473,8 +491,8 @@ def _prefill_scores(
 @triton.jit(do_not_specialize=["first_row", "rows", "tokens", "heads", "group"])
 def row_norms_kernel(
     q, q_sb, q_sh, q_sr, k, k_sb, k_sh, k_sn, mask, mask_sb, mask_sh, mask_sr, mask_sc,
-    norms, scale, first_row, rows, tokens, heads, group,
-    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr,
+    norms, scale, softcap, first_row, rows, tokens, heads, group,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, b * H_q + h): maximum and sum of weights of the i-th M rows from ``first_row`` on, N keys at a time.
@@ -501,7 +519,7 @@ def row_norms_kernel(
         column = start + tl.arange(0, N)
         scores = _prefill_scores(
             query, k, k_sn, mask, mask_sr, mask_sc, row, row_ok, column, column < tokens, channel, channel_ok, scale,
-            CAUSAL, MASK, DOT, PRECISION,
+            softcap, CAUSAL, MASK, CAPPED, DOT, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -515,8 +533,8 @@ def row_norms_kernel(
 @triton.jit(do_not_specialize=["first_row", "rows", "tokens", "kv_heads", "group"])
 def column_sums_kernel(
     q, q_sb, q_sh, q_sr, k, k_sb, k_sh, k_sn, mask, mask_sb, mask_sh, mask_sr, mask_sc,
-    norms, sums, scale, first_row, rows, tokens, kv_heads, group,
-    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DOT: tl.constexpr,
+    norms, sums, scale, softcap, first_row, rows, tokens, kv_heads, group,
+    DIM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Program (j, b * H_kv + h): attention received by the j-th N keys from all heads of the group, M rows at a time.
@@ -547,7 +565,7 @@ def column_sums_kernel(
             query = _load_rows(q_rows, 0, q_sr, row, row_ok, 1 << 30, channel, channel_ok).to(DOT)
             scores = _prefill_scores(
                 query, k, k_sn, head_mask, mask_sr, mask_sc, row, row_ok, column, column_ok, channel, channel_ok,
-                scale, CAUSAL, MASK, DOT, PRECISION,
+                scale, softcap, CAUSAL, MASK, CAPPED, DOT, PRECISION,
             )  # fmt: skip
             top = tl.load(head_norms + 2 * row, mask=row_ok, other=0.0)
             total = tl.load(head_norms + 2 * row + 1, mask=row_ok, other=1.0)
@@ -555,14 +573,21 @@ def column_sums_kernel(
     tl.store(sums + head * tokens + column, received, mask=column_ok)
 
 
+def _norms_with(sinks: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """What :func:`row_norms_kernel` wrote, with the weights of logits that broadcast to [B, H_q, rows, n]."""
+    extra = sinks.float().logsumexp(dim=-1)
+    top, total = norms.unbind(dim=-1)
+    new_top = torch.maximum(top, extra)
+    # A row that may attend to nothing has weights of 0 whatever its norms are.
+    return torch.stack([new_top, total * (top - new_top).exp() + (extra - new_top).exp()], dim=-1)
+
+
 def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows: int) -> torch.Tensor:
     """Attention that each key receives from the last query rows; see :func:`attention.column_sums`.
 
     Two passes, the rows' maxima and totals and then the columns' sums, so that no T x T matrix exists.
     """
-    if args.sinks is not None or args.softcap:
-        raise NotCovered("a softcap or sinks")
-    mask, scale, is_causal = args.mask, args.scale, args.is_causal
+    mask = args.mask
     need_floats(q, k)
     batch, heads, rows, dim = q.shape
     kv_heads, tokens = k.shape[1], k.shape[2]
@@ -579,13 +604,16 @@ def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows
     sums = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     shared = {
         "q": q, **_strides("q", q, "bhr"), "k": k, **_strides("k", k, "bhn"), **mask_args,
-        "norms": norms, "scale": float(scale), "first_row": first_row, "rows": rows, "tokens": tokens,
-        "group": heads // kv_heads, "DIM": dim, "CAUSAL": is_causal, "DOT": dot,
+        "norms": norms, **_score_args(args.scale, args.softcap),
+        "first_row": first_row, "rows": rows, "tokens": tokens, "group": heads // kv_heads,
+        "DIM": dim, "CAUSAL": args.is_causal, "DOT": dot,
         "PRECISION": dot_precision(), "BLOCK": padded(dim),
         "M": row_block, "N": slot_block,
     }  # fmt: skip
     row_blocks = triton.cdiv(rows - first_row, row_block)
     launch(row_norms_kernel, (row_blocks, batch * heads), q.device, options, **shared, heads=heads)
+    if args.sinks is not None:
+        shared["norms"] = _norms_with(args.sinks if args.sinks.shape[2] == 1 else args.sinks[:, :, first_row:], norms)
     launch(
         column_sums_kernel,
         (triton.cdiv(tokens, slot_block), batch * kv_heads),

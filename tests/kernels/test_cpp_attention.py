@@ -70,7 +70,7 @@ def assert_equal_to_reference(args, tolerance=2e-6):
     assert out.dtype == want.dtype and out.shape == want.shape
     assert lse.dtype == torch.float32 and lse.shape == want_lse.shape
     assert torch.isfinite(want).all()
-    assert relative_error(out, want) < tolerance
+    assert relative_error(out, want) <= tolerance
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -143,10 +143,38 @@ def make_args(
         # Long enough for several ranges of slots, with and without more than one block of rows.
         ("4:t1c64,4:t1c64", [3000], {"group": 3, "kv_heads": 1, "mask": "bool"}),
         ("fp,fp", [1500], {"group": 3, "kv_heads": 1, "rows": 33, "mask": "bool"}),
+        # Capped scores.
+        (
+            "fp,fp",
+            [63],
+            {"dim": 80, "kv_heads": 3, "group": 3, "rows": 5, "own": 2, "softcap": 1.5, "mask": "float_per_head"},
+        ),
+        ("8:t1c64,8:t1c64|4:t64c1b,2:t1c32", [77, 128], {"group": 3, "rows": 5, "softcap": 0.7, "mask": "bool"}),
+        ("4:t1c64,4:t1c64", [3000], {"group": 3, "kv_heads": 1, "softcap": 50.0}),
+        # No own tokens.
+        ("8:t1c20,4:t1c40", [63], {"dim": 80, "value_dim": 40, "group": 3, "rows": 5, "own": 0, "mask": "bool"}),
+        ("fp,fp|4:t64c1,2:t1c32", [1, 320], {"own": 0, "rows": 3, "softcap": 2.0}),
+        ("fp,fp", [0], {"own": 0, "rows": 3, "group": 2}),
     ],
 )
 def test_equals_reference(text, counts, options):
     assert_equal_to_reference(make_args(text, counts, **options))
+
+
+def test_softcap_over_its_whole_range():
+    """Every row sees one key, so that its log-sum-exp is its score."""
+    scores = torch.cat([torch.logspace(-6, 4, 200), torch.tensor([0.0, 1e30, 30.0, 79.0])])
+    scores = torch.cat([scores, -scores])
+    q = torch.zeros(1, 1, len(scores), 16)
+    q[..., 0] = scores
+    k = torch.zeros(1, 1, 1, 16)
+    k[..., 0] = 1.0
+    fmt, buffers = build_store("fp,fp", [0], 16, kv_heads=1)
+    _, lse = cpp_attention.attend(q, k, k, None, 1.0, 10.0, buffers, fmt, (0,), 0)
+    torch.testing.assert_close(lse[0, 0].double(), 10.0 * (scores.double() / 10.0).tanh(), rtol=1e-6, atol=0)
+    q[0, 0, 0, 0] = math.nan
+    _, lse = cpp_attention.attend(q, k, k, None, 1.0, 10.0, buffers, fmt, (0,), 0)
+    assert lse[0, 0, 0].isnan() and lse[0, 0, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

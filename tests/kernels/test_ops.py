@@ -63,13 +63,14 @@ def test_compress_attend_update(tensors):
     ops.compress_v1(q, k, v, scores, buffers, FILL.encode(), FORMAT)
     one = (q[:, :, :1], k[:, :, :1], v[:, :, :1])
     mask = torch.ones(B, 1, 1, T + 1, dtype=torch.bool)
-    for first, columns, softcap in ((0, mask, 0.0), (3, mask[..., 3:], 20.0), (3, None, 0.0), (5, mask, 0.0)):
+    # Position 2 is the first to be seen: the mask has two columns more than tokens.
+    for first, columns, softcap in ((2, mask, 20.0), (0, None, 0.0)):
         step = Orders(T, 2, T, (6, 64), 1, (0,), first).encode()
         check(ops.attend_v2, *one, columns, 0.25, softcap, buffers, step, FORMAT)
         _, lse = ops.attend_v2(*one, columns, 0.25, softcap, buffers, step, FORMAT)
-        check(ops.update_v2, *one, lse, columns, 0.25, softcap, buffers, step, FORMAT, "h2o")
-        check(ops.append_v1, *one[1:], buffers, step, FORMAT)
-        check(ops.read_v1, buffers, step, FORMAT, T + 4, D, D, torch.bfloat16)
+    check(ops.update_v2, *one, lse, mask, 0.25, 0.0, buffers, step, FORMAT, "h2o")
+    check(ops.append_v1, *one[1:], buffers, step, FORMAT)
+    check(ops.read_v1, buffers, step, FORMAT, T + 4, D, D, torch.bfloat16)
     fresh = FILL._replace(fresh=True).encode()
     check(ops.update_v2, q, k, v, torch.zeros(q.shape[:3]), None, 0.25, 0.0, buffers, fresh, FORMAT, "h2o")
     check(ops.append_v1, k, v, buffers, fresh, FORMAT)
@@ -155,6 +156,28 @@ def test_attention_over_a_preallocated_cache(backend, softcap, first, own, rows,
     if not softcap and n + unwritten:
         model = scaled_dot_product_attention(q, *dense, attn_mask=mask, scale=0.3, enable_gqa=True).nan_to_num(0.0)
         torch.testing.assert_close(out, model, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unwritten_columns_behind_an_additive_mask(low, dtype):
+    """The lowest numbers of several dtypes hide a column; a small bias does not."""
+    torch.manual_seed(0)
+    buffers = poisoned(LayerFormat.parse("fp,fp"), (T,))
+    k, v, q = torch.randn(B, H_KV, T, D), torch.randn(B, H_KV, T, D), 12 * torch.randn(B, H_Q, 2, D)
+    fill = Orders(0, 0, T, (T,), 0, (), fresh=True)
+    ops.append_v1(k, v, buffers, fill.encode(), "fp,fp")
+    mask = torch.zeros(B, 1, 2, T + 9, dtype=dtype)
+    mask[..., T:] = low
+    mask[..., 5:30] = low
+    mask = mask.expand(-1, H_Q, -1, -1)
+    none = k[:, :, :0]
+    orders = Orders(T, 0, T, (T,), 0, ()).encode()
+    out, lse = ops.attend_v2(q, none, none, mask, 0.3, 0.0, buffers, orders, "fp,fp")
+    dense = [torch.nn.functional.pad(x, (0, 0, 0, 9)) for x in (k, v)]
+    expected, expected_lse = dense_attention(q, *dense, mask.double(), 0.3, 0.0)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_queries_of_another_dtype():

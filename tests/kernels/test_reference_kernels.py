@@ -152,9 +152,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
 @pytest.mark.parametrize(("text", "counts", "own", "group"), CASES)
 @pytest.mark.parametrize("kind", [None, "bool", "additive"])
-def test_attention_over_tiers_is_dense_attention(text, counts, own, group, kind):
+def test_attention_over_tiers_is_dense_attention(text, counts, own, group, kind, softcap):
     fmt, store, length, q, k, v, keys, values = dense_case(text, counts, own, group)
     mask = None
     if kind is not None:
@@ -162,20 +163,25 @@ def test_attention_over_tiers_is_dense_attention(text, counts, own, group, kind)
         mask[..., 0] = True
         if kind == "additive":
             mask = torch.randn(mask.shape).masked_fill(~mask, float("-inf"))
-    out, lse = attention.attend(q, k, v, mask, 0.3, 0.0, store, fmt, tuple(counts), length)
-    expected = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    out, lse = attention.attend(q, k, v, mask, 0.3, softcap, store, fmt, tuple(counts), length)
     weights = (q @ keys.repeat_interleave(group, dim=1).transpose(2, 3) * 0.3).double()
+    if softcap:
+        weights = softcap * (weights / softcap).tanh()
     if mask is not None:
         weights = weights.masked_fill(~mask, -math.inf) if kind == "bool" else weights + mask
     torch.testing.assert_close(lse.double(), weights.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    expected = weights.softmax(-1).float() @ values.repeat_interleave(group, dim=1)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    if not softcap:
+        model = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(out, model, atol=1e-5, rtol=1e-5)
 
     received = weights.softmax(-1).sum(2).reshape(BATCH, KV_HEADS, group, -1).sum(2).float()
     count = counts[0]
     if not store.scores.numel():
         store = store._replace(scores=torch.full((BATCH, KV_HEADS, count + 16), float("nan")))
     store.scores[:, :, :count] = 1.0
-    own_scores = attention.add_scores(q, k, lse, mask, 0.3, 0.0, store, fmt, count, length)
+    own_scores = attention.add_scores(q, k, lse, mask, 0.3, softcap, store, fmt, count, length)
     torch.testing.assert_close(own_scores, received[:, :, length:], atol=1e-5, rtol=1e-5)
     places = store.tiers[0].positions[:, :, :count].long()
     torch.testing.assert_close(store.scores[:, :, :count], 1 + received.gather(2, places), atol=1e-5, rtol=1e-5)
@@ -190,13 +196,17 @@ def test_row_that_may_attend_to_nothing():
     assert (out[:, :, 1] == 0).all() and (lse[:, :, 1] == -math.inf).all() and lse[:, :, 0].isfinite().all()
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("sinks", [None, "heads", "rows"])
 @pytest.mark.parametrize(("is_causal", "last"), [(False, 0), (True, 0), (True, 7), (False, 7)])
 @pytest.mark.parametrize("kind", [None, "bool", "additive"])
-def test_column_sums_are_sums_of_the_softmax(monkeypatch, is_causal, last, kind):
+def test_column_sums_are_sums_of_the_softmax(monkeypatch, is_causal, last, kind, sinks, softcap):
     monkeypatch.setattr(attention, "ROW_CHUNK", 6)
     rows, columns = 20, 23
     q, k = torch.randn(BATCH, KV_HEADS * 3, rows, 16), torch.randn(BATCH, KV_HEADS, columns, 16)
     scores = q @ k.repeat_interleave(3, dim=1).transpose(2, 3) * 0.5
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     mask = None
     if kind is not None:
         mask = torch.rand(1, KV_HEADS * 3, rows, columns) < 0.7
@@ -207,7 +217,13 @@ def test_column_sums_are_sums_of_the_softmax(monkeypatch, is_causal, last, kind)
         scores = scores.masked_fill(~mask, -math.inf) if kind == "bool" else scores + mask
     if is_causal:
         scores = scores.masked_fill(~torch.ones(rows, columns, dtype=torch.bool).tril(), -math.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)[:, :, rows - last if last else 0 :]
+    given = torch.zeros(BATCH, KV_HEADS * 3, rows, 0)
+    if sinks:
+        sinks = torch.randn(1, KV_HEADS * 3, rows if sinks == "rows" else 1, 2)
+        given = sinks.expand(BATCH, -1, rows, -1)
+    weights = (
+        torch.cat([scores, given], -1).softmax(-1)[..., :columns].nan_to_num(0.0)[:, :, rows - last if last else 0 :]
+    )
     expected = weights.sum(2).reshape(BATCH, KV_HEADS, 3, columns).sum(2)
-    found = attention.column_sums(q, k, AttentionArgs(mask, 0.5, is_causal), last)
+    found = attention.column_sums(q, k, AttentionArgs(mask, 0.5, is_causal, softcap, sinks), last)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

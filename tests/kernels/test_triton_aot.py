@@ -73,7 +73,7 @@ def _specialized(param, value):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes."""
+    """What a compiled kernel takes; spills in bytes."""
 
     registers: int
     spills: int
@@ -100,9 +100,10 @@ def measure(launch, target):
     if target.backend == "cuda":
         registers, spills = _ptxas_usage(built.asm["ptx"], target)
     else:
-        counts = dict(re.findall(r"\.(\w+_(?:spill_)?count):\s+(\d+)", built.asm["amdgcn"]))
+        counts = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", built.asm["amdgcn"]))
         registers = int(counts["vgpr_count"])
-        spills = int(counts["vgpr_spill_count"]) + int(counts["sgpr_spill_count"])
+        # Scratch memory. Scalar registers may also be kept in spare lanes of vector registers, which costs little.
+        spills = int(counts["private_segment_fixed_size"])
     return Usage(registers, spills, built.metadata.shared)
 
 
@@ -130,27 +131,27 @@ def _store(text, key_dim, value_dim, dtype, capacity=256):
     return fmt, StoreBuffers.from_list([torch.zeros(shape, dtype=kind) for shape, kind in shapes])
 
 
-def run_attend(text, key_dim, value_dim, dtype, group=4, rows=1, mask=False):
+def run_attend(text, key_dim, value_dim, dtype, group=4, rows=1, mask=False, softcap=0.0):
     fmt, store = _store(text, key_dim, value_dim, dtype)
     q = torch.zeros(1, 8 * group, rows, key_dim, dtype=dtype)
     k, v = (torch.zeros(1, 8, rows, dim, dtype=dtype) for dim in (key_dim, value_dim))
     counts = (250,) * len(fmt.tiers)
     length = sum(counts)
     given = torch.ones(1, 1, rows, length + rows, dtype=torch.bool) if mask else None
-    triton_attention.attend(q, k, v, given, 0.1, 0.0, store, fmt, counts, length)
+    triton_attention.attend(q, k, v, given, 0.1, softcap, store, fmt, counts, length)
 
 
-def run_add_scores(text, dim, dtype, group=4, rows=1):
+def run_add_scores(text, dim, dtype, group=4, rows=1, softcap=0.0):
     fmt, store = _store(text, dim, dim, dtype)
     q, k = torch.zeros(1, 8 * group, rows, dim, dtype=dtype), torch.zeros(1, 8, rows, dim, dtype=dtype)
     mask = torch.zeros(1, 1, rows, 250 + rows, dtype=dtype)
-    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, rows), mask, 0.1, 0.0, store, fmt, 250, 250)
+    triton_attention.add_scores(q, k, torch.zeros(1, 8 * group, rows), mask, 0.1, softcap, store, fmt, 250, 250)
 
 
-def run_column_sums(dim, dtype, last, mask=False):
+def run_column_sums(dim, dtype, last, mask=False, softcap=0.0):
     q, k = torch.zeros(1, 8, 512, dim, dtype=dtype), torch.zeros(1, 2, 512, dim, dtype=dtype)
     given = torch.ones(1, 1, 512, 512, dtype=torch.bool) if mask else None
-    triton_attention.column_sums(q, k, AttentionArgs(given, 0.1, not mask), last)
+    triton_attention.column_sums(q, k, AttentionArgs(given, 0.1, not mask, softcap), last)
 
 
 def run_tokens(text, key_dim, value_dim, dtype, indexed):
@@ -172,10 +173,17 @@ CASES = {
     "write-read-copy": (run_tokens, ("8:t1c128b,3:t1c32|fp,fp", 128, 128, BF16, True)),
     "add-scores": (run_add_scores, ("8:t1c128,8:t1c128|fp,fp+scored", 128, BF16)),
     "column-sums": (run_column_sums, (128, BF16, 64)),
+    "attend-capped": (run_attend, ("8:t1c128,8:t1c128|4:t64c1,2:t1c32", 128, 128, BF16, 4, 1, True, 50.0)),
+    "column-sums-capped": (run_column_sums, (128, BF16, 64, False, 50.0)),
 }
 SLOW = {
     "add-scores-chunk": (run_add_scores, ("4:t64c1b,fp|fp,fp+scored", 256, FP16, 2, 64)),
     "add-scores-fp32-128": (run_add_scores, ("4:t64c1b,fp|fp,fp+scored", 128, FP32, 8)),
+    "attend-capped-256": (run_attend, ("8:t1c256,8:t1c256|4:t64c1,2:t1c32", 256, 256, BF16, 2, 1, False, 50.0)),
+    "attend-capped-chunk": (run_attend, ("8:t1c128,8:t1c128|4:t64c1,2:t1c32", 128, 128, BF16, 4, 64, True, 50.0)),
+    "attend-capped-fp32": (run_attend, ("fp,fp|4:t64c1,2:t1c32", 128, 128, FP32, 4, 1, True, 50.0)),
+    "add-scores-capped": (run_add_scores, ("8:t1c128,8:t1c128|fp,fp+scored", 128, BF16, 4, 64, 50.0)),
+    "column-sums-capped-256": (run_column_sums, (256, BF16, 0, True, 50.0)),
     "column-sums-masked": (run_column_sums, (128, BF16, 0, True)),
     "column-sums-fp32-128": (run_column_sums, (128, FP32, 0)),
     "attend-fp32": (run_attend, ("fp,fp|4:t64c1,2:t1c32", 128, 128, FP32, 1, 1, True)),

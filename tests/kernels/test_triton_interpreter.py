@@ -10,8 +10,11 @@ import os
 import pytest
 import torch
 
+import mikv_compile.kernels.ops
+import mikv_compile.policies  # noqa: F401  (registers the scorers)
 from mikv_compile.kernels import attention, tokens
-from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
+from mikv_compile.kernels.dispatch import use
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, buffer_shapes
 from mikv_compile.kernels.scoring import AttentionArgs
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -20,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 from mikv_compile.kernels import triton_attention, triton_tokens
 
+ops = torch.ops.mikv
 BATCH, KV_HEADS = 2, 2
 HALF_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -190,7 +194,7 @@ def test_copy_slots(text):
 
 
 # (format, counts, own tokens, D_k, D_v, group, dtype, mask kind and whether it has its own batch, heads, rows)
-ATTENDS = [
+DECODES = [
     ("fp,fp", [1], 1, 64, 64, 1, torch.float32, None),
     ("fp,fp", [257], 2, 80, 80, 3, torch.float32, ("bool", 1, 0, 1)),
     ("fp,fp", [64], 3, 128, 64, 8, torch.bfloat16, ("inf", 0, 1, 1)),
@@ -205,24 +209,35 @@ ATTENDS = [
     ("2:t1c256,3:t1c16", [100], 70, 256, 16, 1, torch.float32, ("bool", 1, 0, 1)),
 ]
 
+# The same, with query rows and softcap.
+ATTENDS = [(*case, case[2], 0.0) for case in DECODES] + [
+    ("fp,fp", [63], 3, 80, 40, 3, torch.float32, ("inf", 0, 1, 1), 5, 1.5),
+    ("8:t1c64,8:t1c64|4:t64c1b,2:t1c32", [63, 64], 1, 64, 64, 3, torch.float16, ("bool", 1, 0, 0), 1, 0.7),
+    ("4:t1c80,3:t1c16", [65], 2, 80, 80, 1, torch.bfloat16, None, 2, 50.0),
+    ("fp,fp|2:t1c16,4:t1c80", [33, 63], 0, 64, 80, 3, torch.float32, ("bool", 1, 1, 1), 3, 2.0),
+    ("8:t1c80,8:t1c40", [63], 0, 80, 40, 1, torch.float32, None, 2, 0.0),
+]
 
-def attend_case(text, counts, own, key_dim, value_dim, group, dtype, kind):
+
+def attend_case(text, counts, own, key_dim, value_dim, group, dtype, kind, rows):
     torch.manual_seed(0)
     fmt = LayerFormat.parse(text)
     capacities = [(-(-count // tier.block) + 1) * tier.block for count, tier in zip(counts, fmt.tiers, strict=True)]
     store, length = filled_store(fmt, key_dim, value_dim, counts, capacities, dtype)
     heads = KV_HEADS * group
-    q = head_last(BATCH, heads, own, key_dim, dtype)
+    q = head_last(BATCH, heads, rows, key_dim, dtype)
     k, v = (head_last(BATCH, KV_HEADS, own, dim, dtype) for dim in (key_dim, value_dim))
-    mask = random_mask(kind, heads, own, length + own)
+    mask = random_mask(kind, heads, rows, length + own)
     return fmt, store, length, q, k, v, mask
 
 
-@pytest.mark.parametrize(("text", "counts", "own", "key_dim", "value_dim", "group", "dtype", "kind"), ATTENDS)
-def test_attend(text, counts, own, key_dim, value_dim, group, dtype, kind):
-    fmt, store, length, q, k, v, mask = attend_case(text, counts, own, key_dim, value_dim, group, dtype, kind)
+@pytest.mark.parametrize("case", ATTENDS)
+def test_attend(case):
+    *case, softcap = case
+    _, counts, _, key_dim, _, _, dtype, kind, _ = case
+    fmt, store, length, q, k, v, mask = attend_case(*case)
     before = copy_of(store)
-    args = (q, k, v, mask, key_dim**-0.5, 0.0, store, fmt, tuple(counts), length)
+    args = (q, k, v, mask, key_dim**-0.5, softcap, store, fmt, tuple(counts), length)
     out, lse = triton_attention.attend(*args)
     expected_out, expected_lse = attention.attend(*args)
     assert out.dtype == dtype
@@ -236,7 +251,8 @@ def test_attend(text, counts, own, key_dim, value_dim, group, dtype, kind):
 
 @pytest.mark.parametrize("case", [c for c in ATTENDS if c[1][0]][1:])
 def test_add_scores(case):
-    text, counts, *_, key_dim, _, _, _, _ = case
+    *case, softcap = case
+    text, counts, _, key_dim, *_ = case
     _, store, length, q, k, v, mask = attend_case(*case)
     fmt = LayerFormat.parse(text + "+scored")
     if not store.scores.numel():
@@ -244,9 +260,9 @@ def test_add_scores(case):
         scores[:, :, : counts[0]] = torch.rand(BATCH, KV_HEADS, counts[0])
         store = store._replace(scores=scores)
     scale = key_dim**-0.5
-    _, lse = attention.attend(q, k, v, mask, scale, 0.0, store, fmt, tuple(counts), length)
+    _, lse = attention.attend(q, k, v, mask, scale, softcap, store, fmt, tuple(counts), length)
     expected_store = copy_of(store)
-    args = (q, k, lse, mask, scale, 0.0)
+    args = (q, k, lse, mask, scale, softcap)
     own = triton_attention.add_scores(*args, store, fmt, counts[0], length)
     expected = attention.add_scores(*args, expected_store, fmt, counts[0], length)
     tolerance = HALF_TOLERANCE[q.dtype]
@@ -255,24 +271,24 @@ def test_add_scores(case):
     assert_same_bits(store.to_list()[:-2], expected_store.to_list()[:-2])
 
 
-# (query rows, keys, D, group, dtype, mask, causal, last rows)
+# (query rows, keys, D, group, dtype, mask, causal, last rows, softcap)
 PREFILLS = [
-    (1, 1, 64, 1, torch.float32, None, False, 0),
-    (63, 63, 80, 3, torch.bfloat16, None, True, 0),
-    (130, 130, 64, 1, torch.float32, None, True, 32),
-    (64, 100, 128, 8, torch.float16, ("bool", 1, 0, 1), False, 16),
-    (40, 70, 40, 1, torch.float32, ("inf", 0, 1, 0), True, 0),
-    (70, 40, 16, 3, torch.float32, ("min", 1, 1, 1), False, 0),
+    (1, 1, 64, 1, torch.float32, None, False, 0, 0.0),
+    (63, 63, 80, 3, torch.bfloat16, None, True, 0, 0.0),
+    (130, 130, 64, 1, torch.float32, None, True, 32, 1.5),
+    (64, 100, 128, 8, torch.float16, ("bool", 1, 0, 1), False, 16, 0.7),
+    (40, 70, 40, 1, torch.float32, ("inf", 0, 1, 0), True, 0, 0.0),
+    (70, 40, 16, 3, torch.float32, ("min", 1, 1, 1), False, 0, 0.0),
 ]
 
 
-@pytest.mark.parametrize(("rows", "columns", "dim", "group", "dtype", "kind", "causal", "last"), PREFILLS)
-def test_column_sums(rows, columns, dim, group, dtype, kind, causal, last):
+@pytest.mark.parametrize(("rows", "columns", "dim", "group", "dtype", "kind", "causal", "last", "softcap"), PREFILLS)
+def test_column_sums(rows, columns, dim, group, dtype, kind, causal, last, softcap):
     torch.manual_seed(0)
     heads = KV_HEADS * group
     q, k = head_last(BATCH, heads, rows, dim, dtype), head_last(BATCH, KV_HEADS, columns, dim, dtype)
     mask = random_mask(kind, heads, rows, columns)
-    args = (q, k, AttentionArgs(mask, dim**-0.5, causal), last)
+    args = (q, k, AttentionArgs(mask, dim**-0.5, causal, softcap), last)
     tolerance = HALF_TOLERANCE[dtype]
     torch.testing.assert_close(
         triton_attention.column_sums(*args), attention.column_sums(*args), atol=tolerance, rtol=tolerance
@@ -281,7 +297,61 @@ def test_column_sums(rows, columns, dim, group, dtype, kind, causal, last):
 
 def test_channels_that_are_not_neighbours():
     torch.manual_seed(0)
-    fmt, store, length, q, k, v, _ = attend_case("fp,fp", [16], 2, 16, 16, 1, torch.float32, None)
+    fmt, store, length, q, k, v, _ = attend_case("fp,fp", [16], 2, 16, 16, 1, torch.float32, None, 2)
     q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
     args = (q, k, v, None, 0.25, 0.0, store, fmt, (16,), length)
     torch.testing.assert_close(triton_attention.attend(*args), attention.attend(*args))
+
+
+def test_queries_of_another_dtype_than_the_cache():
+    fmt, store, length, q, k, v, _ = attend_case("fp,8:t1c80", [63], 3, 64, 80, 3, torch.bfloat16, None, 2)
+    q = q.float() + 1e-4 * torch.randn(q.shape)
+    args = (q, k, v, None, 0.125, 0.0, store, fmt, (63,), length)
+    out, lse = triton_attention.attend(*args)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close((out, lse), attention.attend(*args), atol=2e-5, rtol=2e-5)
+
+
+def test_nothing_to_attend_to():
+    fmt, store, _, q, k, v, _ = attend_case("fp,fp", [16], 0, 16, 40, 3, torch.float32, None, 2)
+    out, lse = triton_attention.attend(q, k, v, None, 0.25, 0.0, store, fmt, (0,), 0)
+    assert out.shape == (BATCH, KV_HEADS * 3, 2, 40)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_column_sums_with_sinks(own_rows):
+    torch.manual_seed(0)
+    q, k = head_last(BATCH, KV_HEADS * 3, 63, 80, torch.float32), head_last(BATCH, KV_HEADS, 63, 80, torch.float32)
+    sinks = torch.randn(1, KV_HEADS * 3, 63 if own_rows else 1, 2) + 2.0
+    sinks[:, 0] = float("-inf")
+    mask = random_mask(("bool", 1, 0, 1), KV_HEADS * 3, 63, 63)
+    args = (q, k, AttentionArgs(mask, 0.2, True, 1.5, sinks), 40)
+    torch.testing.assert_close(triton_attention.column_sums(*args), attention.column_sums(*args), atol=2e-5, rtol=2e-5)
+
+
+def test_ops_on_these_kernels():
+    """A store's life by the ops: the same as on the references."""
+    torch.manual_seed(0)
+    text = "8:t1c40b,8:t1c48|4:t16c1b,2:t1c16+scored+watch:r0p3n1"
+    q = torch.randn(BATCH, KV_HEADS * 3, 63, 80)
+    k, v = torch.randn(BATCH, KV_HEADS, 63, 80), torch.randn(BATCH, KV_HEADS, 63, 48)
+    mask = torch.ones(63, 80, dtype=torch.bool).tril()[None, None]
+    view = torch.rand(BATCH, 1, 3, 65) < 0.7
+    found = {}
+    for backend in ("reference", "triton"):
+        buffers = new_store(LayerFormat.parse(text), 80, 48, [96, 64], torch.float32).to_list()
+        with use(backend):
+            orders = Orders(0, 2, 55, (15, 48), 0, (0,), fresh=True).encode()
+            first = ops.attend_v2(q, k, v, mask, 0.1, 20.0, buffers, orders, text)
+            ops.update_v2(q, k, v, first[1], mask, 0.1, 20.0, buffers, orders, text, "h2o")
+            step = (q[:, :, :3], k[:, :, :2], v[:, :, :2])
+            orders = Orders(63, 2, 60, (15, 48), 0, (0,), 7).encode()
+            second = ops.attend_v2(*step, view, 0.1, 0.0, buffers, orders, text)
+            ops.update_v2(*step, second[1], view, 0.1, 0.0, buffers, orders, text, "h2o")
+            orders = Orders(65, 2, 60, (17, 48), 16, (16,)).encode()
+            ops.append_v1(k[:, :, :30], v[:, :, :30], buffers, orders, text)
+            orders = Orders(95, 2, 60, (31, 64), 0, (0,), 7).encode()
+            dense = ops.read_v1(buffers, orders, text, 90, 80, 48, torch.float32)
+            found[backend] = (*first, *second, *dense)
+    torch.testing.assert_close(found["triton"], found["reference"], atol=2e-5, rtol=2e-5)

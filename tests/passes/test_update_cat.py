@@ -80,7 +80,8 @@ def test_tokens_first():
         joined = torch.cat([p, k + 1], 1)
         return F.scaled_dot_product_attention(q, joined.transpose(1, 2), joined.transpose(1, 2)), joined
 
-    assert accepted(fn, torch.randn(B, 5, H, D), torch.randn(B, 1, H, D), torch.randn(B, H, 1, D)).layout == "BTHD"
+    (found,) = found_in(fn, torch.randn(B, 5, H, D), torch.randn(B, 1, H, D), torch.randn(B, H, 1, D))
+    assert isinstance(found, CacheUpdate) and found.layout == "BTHD"
 
 
 def test_reversed_declines():
