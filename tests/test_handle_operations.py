@@ -497,7 +497,7 @@ class Preallocated(Machine):
         else:
             made = self.pair.mapped(lambda t: t.to("cpu", copy=True))
         assert made.handles[0].store is made.handles[1].store is not handles[0].store
-        assert all(type(h) is type(handles[0]) for h in made.handles)
+        assert [type(h) for h in made.handles] == [type(h) for h in handles]
         other = made
         if go_on_with_copy:
             self.pair, other = made, self.pair
