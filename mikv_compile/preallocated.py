@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -468,13 +469,16 @@ _eager_untraced = _compat.untraced(
 class PreallocatedKV(torch.Tensor):
     """A preallocated cache tensor that was taken over in place: same object, shape, strides, dtype, device; no memory.
 
-    A compiler sees the plain operations on it; eager code sees what the dense tensor would hold.
+    A compiler sees the plain operations on it; eager code sees what the dense tensor would hold. Each plan, role and
+    layout has a subclass: Dynamo guards on the class, so no graph meets a store of another plan.
     """
 
-    store: LayerStore
+    _store: LayerStore
     role: Role
     kv_layout: str
     is_preallocated = True
+    known: tuple[LayerPlan, Role, str]
+    """Plan, role and layout, of the class: a graph knows them by its placeholder's type."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -484,6 +488,16 @@ class PreallocatedKV(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _eager_untraced(func, args, kwargs)
+
+    @property
+    def store(self) -> LayerStore:
+        """The layer's store."""
+        return self._store
+
+    @store.setter
+    def store(self, store: LayerStore) -> None:
+        self._store = store
+        self.__class__ = _class_for(store.plan, self.role, self.kv_layout)
 
     @property
     def plan(self) -> LayerPlan:
@@ -523,6 +537,12 @@ class PreallocatedKV(torch.Tensor):
 
     def __copy__(self) -> PreallocatedKV:
         return make_preallocated(self.store, self.role, self.kv_layout, self.capacity)
+
+
+@cache
+def _class_for(plan: LayerPlan, role: Role, layout: str) -> type[PreallocatedKV]:
+    about = {"__module__": __name__, "__doc__": PreallocatedKV.__doc__, "known": (plan, role, layout)}
+    return type("PreallocatedKV", (PreallocatedKV,), about)
 
 
 class PreallocatedView(torch.Tensor):
@@ -578,7 +598,8 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
         tensor.untyped_storage().resize_(0)
         tensor.__class__ = PreallocatedKV
     assert isinstance(tensor, PreallocatedKV)
-    tensor.store, tensor.role, tensor.kv_layout = store, role, layout
+    tensor.role, tensor.kv_layout = role, layout
+    tensor.store = store
     store.register(tensor)
     return tensor
 

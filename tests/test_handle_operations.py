@@ -126,16 +126,20 @@ COMPILED = {"fp": "BHTD", "fp by age": "BTHD", "k4v2": "BHTD"}
 """Plans and the layout in which steps also run as compiled code; each combination is traced."""
 
 
-def step(cache, new, query, token_dim, heads_dim):
-    """What a model does with a growing cache; any layout whose head dimension is ``heads_dim``."""
-    cache.handles = [torch.cat([old, x], dim=token_dim) for old, x in zip(cache.handles, new, strict=True)]
+def step(cache, new, query, layout):
+    """What a model does with a growing cache."""
+    heads_dim = layout.index("H")
+    cache.handles = [
+        torch.cat([old, x], dim=layout.index("T")) for old, x in zip(cache.handles, new.unbind(0), strict=True)
+    ]
     k, v = (x.transpose(heads_dim, 1) for x in cache.handles)
     return F.scaled_dot_product_attention(query, k, v)
 
 
-def write_step(cache, new, query, position, token_dim, heads_dim):
+def write_step(cache, new, query, position, layout):
     """What a model does with a preallocated cache, whose columns up to the new ones are seen."""
-    for held, x in zip(cache.handles, new, strict=True):
+    token_dim, heads_dim = layout.index("T"), layout.index("H")
+    for held, x in zip(cache.handles, new.unbind(0), strict=True):
         held.index_copy_(token_dim, position, x)
     k, v = (x.transpose(heads_dim, 1) for x in cache.handles)
     mask = torch.arange(k.shape[2])[None, :] <= position[:, None]
@@ -213,15 +217,15 @@ class Growing(Machine):
         """Attention over all that the branch shows, and one or more tokens more."""
         at, branch = self.one(which)
         batch, heads = branch.dense[0].shape[self.batch_dim], branch.dense[0].shape[self.layout.index("H")]
-        new = [to_layout(x, self.layout).contiguous() for x in self.tokens(count, batch, heads)]
-        query, dims = self.query(branch.dense[0]), (self.token_dim, self.layout.index("H"))
+        new = torch.stack([to_layout(x, self.layout) for x in self.tokens(count, batch, heads)])
+        query = self.query(branch.dense[0])
         plain = Branch(branch.handles, list(branch.dense), branch.requantized)
         before = branch.handles[0].store.recompressed
         fast = Branch(list(branch.handles), plain.dense)
         with torch.no_grad():
-            got = compiled[step](fast, new, query, *dims)
+            got = compiled[step](fast, new, query, self.layout)
             dense = Branch(plain.dense, [])
-            want = step(dense, new, query, *dims)
+            want = step(dense, new, query, self.layout)
         assert all(isinstance(h, KVTensor) for h in fast.handles)
         if not self.steps[0]:
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -418,12 +422,12 @@ class Preallocated(Machine):
         place = max(stop - rewind, 0)
         if ends[0] != ends[1] or place >= self.CAPACITY:
             return
-        new, position = [x.contiguous() for x in self.new(1)], torch.tensor([place])
-        query, dims = self.query(self.pair.dense[0]), (self.token_dim, self.layout.index("H"))
+        new, position = torch.stack(self.new(1)), torch.tensor([place])
+        query = self.query(self.pair.dense[0])
         dense = Branch(self.pair.dense, [])
         with torch.no_grad():
-            got = compiled[write_step](self.pair, new, query, position, *dims)
-            want = write_step(dense, new, query, position, *dims)
+            got = compiled[write_step](self.pair, new, query, position, self.layout)
+            want = write_step(dense, new, query, position, self.layout)
         self.writes += 1
         if self.pair.handles[0].store.length == place + 1:
             for d in self.pair.dense:
@@ -493,7 +497,7 @@ class Preallocated(Machine):
         else:
             made = self.pair.mapped(lambda t: t.to("cpu", copy=True))
         assert made.handles[0].store is made.handles[1].store is not handles[0].store
-        assert all(type(h) is type(handles[0]) for h in made.handles)
+        assert [type(h) for h in made.handles] == [type(h) for h in handles]
         other = made
         if go_on_with_copy:
             self.pair, other = made, self.pair
@@ -526,8 +530,9 @@ class Preallocated(Machine):
             for role, (handle, dense) in enumerate(zip(pair.handles, pair.dense, strict=True)):
                 check_close(handle.dequantize(), dense, limits[role], ROLES[role])
             check_store(pair.handles[0].store)
-        for kept, want, _ in self.frozen:
-            assert torch.equal(kept.dequantize(), want)
+        for kept, want, bound in self.frozen:
+            # Its tokens may have been demoted since, together with those of its sibling.
+            check_close(kept.dequantize(), want, bound, "kept")
 
 
 compiled = {}
