@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Iterable, Sequence
@@ -128,8 +129,8 @@ class TinyModel:
         config = self.model.config
         if "encoder_outputs" in self.prompt:
             source = self.prompt["encoder_outputs"][0].shape[1]
-            pair = [_cache(transformers, config, kind, tokens) for tokens in (CAPACITY, source)]
-            return transformers.EncoderDecoderCache(*pair)
+            own = _cache(transformers, config, kind, CAPACITY)
+            return transformers.EncoderDecoderCache(own, _cache(transformers, _unwindowed(config), kind, source))
         cache = _cache(transformers, config, kind, CAPACITY)
         if shapes is not None:
             parameter = next(self.model.parameters())
@@ -145,20 +146,32 @@ class TinyModel:
     def step(self, token: torch.Tensor, cache: Any) -> dict[str, Any]:
         """Arguments of the next call, with one token ``[1, 1]`` and the cache that the last call returned."""
         assert self.history is not None
-        self.history = torch.cat([self.history, token.expand(self.history.shape[0], 1)], 1)
+        if self.override.columns:
+            token = token[:, :, None]
+        self.history = torch.cat([self.history, token.expand_as(self.history[:, :1])], 1)
         ids = self.history if self.override.whole_history else self.history[:, -1:]
         kept = {k: v for k, v in self.prompt.items() if k not in self.first_only}
         return {**kept, self.ids_argument: ids, self.override.cache_argument: cache}
 
-    def cache_of(self, output: Any) -> Any:
-        """The cache that a call has returned."""
-        return getattr(output, self.override.cache_argument, None)
+    def cache_of(self, output: Any, given: Any) -> Any:
+        """The cache that a call has returned, or the one that it was given and has filled."""
+        returned = getattr(output, self.override.cache_argument, None)
+        return given if returned is None and getattr(given, "is_initialized", False) else returned
 
 
 def _cache(transformers: Any, config: Any, kind: str, tokens: int) -> Any:
     if kind == "dynamic":
         return transformers.DynamicCache(config=config)
     return transformers.StaticCache(config=config, max_cache_len=tokens)
+
+
+def _unwindowed(config: Any) -> Any:
+    """The decoder's config without sliding windows, which cross attention has none of."""
+    config = copy.deepcopy(config.get_text_config(decoder=True))
+    for name in ("sliding_window", "layer_types"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return config
 
 
 def override_of(architecture: Architecture) -> Override:
@@ -255,16 +268,19 @@ def _ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
 def _prompt(architecture: Architecture, override: Override, model: Any) -> tuple[dict[str, Any], frozenset[str]]:
     rows = model.config.num_codebooks if override.codebooks else 1
     generator = torch.Generator().manual_seed(3)
-    features = {name: torch.randn(*shape, generator=generator) for name, shape in override.features.items()}
+    features = {name: torch.rand(*shape, generator=generator) for name, shape in override.features.items()}
     flags = {override.use_cache: True} if _accepts(model, override.use_cache) else {}
+    ids = _ids(PROMPT, rows)
+    if override.columns:
+        ids = ids[:, :, None].repeat(1, 1, override.columns)
     if architecture.kind != "causal" and getattr(model.config, "is_encoder_decoder", False):
-        source = features or {"input_ids": _ids(SOURCE, seed=1)}
+        source: dict[str, Any] = features or {"input_ids": _ids(SOURCE, seed=1)}
         with torch.no_grad():
             encoded = model.get_encoder()(**source)
         if isinstance(encoded, tuple):
             encoded = importlib.import_module("transformers.modeling_outputs").BaseModelOutput(*encoded[:1])
-        return {"decoder_input_ids": _ids(PROMPT), "encoder_outputs": encoded, **flags}, frozenset()
-    return {"input_ids": _ids(PROMPT, rows), **features, **flags}, frozenset(features)
+        return {"decoder_input_ids": ids, "encoder_outputs": encoded, **flags}, frozenset()
+    return {"input_ids": ids, **features, **flags}, frozenset(() if override.repeat_features else features)
 
 
 def _accepts(model: Any, argument: str) -> bool:

@@ -93,7 +93,7 @@ def _measure(architecture: Architecture, setting: Setting, row: dict[str, Any]) 
         row.update(status="not built", error=_describe(error))
         return
     row.update(grown=dense.grown["self"], cross=dense.grown["cross"], side=dense.side)
-    scale = max(1.0, max(float(x.abs().max()) for x in dense.logits))
+    scale = _scale(dense)
     if not all(bool(torch.isfinite(x).all()) for x in dense.logits):
         row.update(status="not built", error="the uncompiled tiny model has logits that are not finite")
         return
@@ -182,7 +182,7 @@ def _drive(
         graphs.append(len(new) or counters["stats"]["unique_graphs"] - sum(graphs))
         scores = getattr(output, "logits", None)
         logits.append((output[0] if scores is None else scores)[:1, -1].reshape(-1).float().clone())
-        cache = tiny.cache_of(output)
+        cache = tiny.cache_of(output, cache)
         if compiled is None and i == 0:
             before = _snapshot(cache)
         if i < STEPS:
@@ -260,6 +260,11 @@ def _shapes(cache: Any) -> list[tuple[int, ...]] | None:
     return [tuple(k.shape) for k, _ in pairs]
 
 
+def _scale(dense: _Run) -> float:
+    """The largest logit, at least 1; logits that stand for minus infinity do not count."""
+    return max([1.0, *(float(x.abs()[x.abs() < 1e9].max()) for x in dense.logits)])
+
+
 def _difference(run: _Run, dense: _Run, scale: float) -> float:
     return max(_per_call(run, dense, scale))
 
@@ -267,7 +272,7 @@ def _difference(run: _Run, dense: _Run, scale: float) -> float:
 def _per_call(run: _Run, dense: _Run, scale: float) -> list[float]:
     found = []
     for a, b in zip(run.logits, dense.logits, strict=True):
-        gap = float((a - b).abs().max()) / scale
+        gap = float(torch.where(a == b, 0.0, (a - b).abs()).max()) / scale
         found.append(gap if gap == gap else float("inf"))
     return found
 

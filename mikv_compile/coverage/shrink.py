@@ -74,7 +74,7 @@ _ABSENT_STAYS_ABSENT = {
 
 _ONE_STAYS_ONE = {
     "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok",
-    "num_key_value_heads",
+    "num_key_value_heads", "qk_rope_head_dim",
 }  # fmt: skip
 """Fields whose default 0 or 1 chooses another form of the model: no experts, multi-query attention."""
 
@@ -102,6 +102,8 @@ def _arguments(cls: type, overrides: dict[str, Any]) -> dict[str, Any]:
             arguments[name] = default if keep else SIZES[name]
             if isinstance(default, list | tuple) and not isinstance(SIZES[name], list | tuple):
                 arguments[name] = type(default)([SIZES[name]] * len(default))
+    if fields.get("kv_lora_rank") and "num_key_value_heads" in arguments:
+        arguments["num_key_value_heads"] = HEADS  # latent attention expands to as many key heads as query heads
     arguments.update(_small_token_ids(fields))
     for name, part in (getattr(cls, "sub_configs", None) or {}).items():
         made = getattr(sample, name, None)
