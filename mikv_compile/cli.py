@@ -1,7 +1,6 @@
 """The command ``mikv``. Thin: each subcommand calls a function of the package."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: typer reads the annotations, and their names are local to a function here.
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,9 @@ def _coverage_command(typer: Any) -> Callable[..., None]:
         attn: Annotated[str | None, typer.Option(help="Only sdpa or eager.")] = None,
         lower: Annotated[str, typer.Option(help="eager traces in seconds; inductor compiles for minutes.")] = "eager",
         prefill: Annotated[str, typer.Option(help="Static caches: eager, compiled, or both.")] = "eager",
-        bits4: Annotated[str, typer.Option(help="4-bit runs: all, first (dynamic with the first form), none.")] = "first",
+        bits4: Annotated[
+            str, typer.Option(help="4-bit runs: all, first (dynamic with the first form), none.")
+        ] = "first",
         jobs: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
         timeout: Annotated[float, typer.Option(help="Seconds for one run.")] = 180.0,
         results: Annotated[Path | None, typer.Option("--json", help="JSON lines; a run goes on from them.")] = None,

@@ -176,8 +176,20 @@ OVERRIDES: dict[str, Override] = {
     "vlm:diffusion_gemma": Override(
         {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}}
     ),
-    "vlm:dots3_note": Override({"text_config": _DOTS3, "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}, "audio_config": {"adapter_input_size": HIDDEN}}),
-    "vlm:ernie4_5_vl_moe": Override({"text_config": {"moe_intermediate_size": [32, 32], "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}}}),
+    "vlm:dots3_note": Override(
+        {
+            "text_config": _DOTS3,
+            "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+            "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+        }
+    ),
+    "vlm:ernie4_5_vl_moe": Override(
+        {
+            "text_config": {
+                "moe_intermediate_size": [32, 32], "rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]},
+            }
+        }
+    ),
     "vlm:fun_asr_nano": Override({"adaptor_config": {"intermediate_size": HIDDEN // 4}}),
     "vlm:glm5_next": Override({"text_config": {"index_kpool": 2, "linear_head_dim": 16, "linear_num_heads": 4}}),
     "vlm:granite4_vision": Override({"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "1/2"}),
@@ -196,9 +208,19 @@ OVERRIDES: dict[str, Override] = {
     "vlm:idefics": Override(features={"pixel_values": (1, 1, 3, 16, 16)}, repeat_features=True),
     "vlm:pix2struct": Override(features={"flattened_patches": (1, 8, 770)}),
     "vlm:pp_formulanet": Override(
-        {"vision_config": {"post_conv_out_channels": HIDDEN, "post_conv_in_channels": HIDDEN, "output_channels": HIDDEN, "decoder_hidden_size": HIDDEN}}, features={"pixel_values": (1, 3, 16, 16)}),
+        {
+            "vision_config": {
+                "post_conv_out_channels": HIDDEN, "post_conv_in_channels": HIDDEN, "output_channels": HIDDEN,
+                "decoder_hidden_size": HIDDEN,
+            }
+        },
+        features={"pixel_values": (1, 3, 16, 16)},
+    ),
     "vlm:vision-encoder-decoder": Override(
-        {"encoder": {"model_type": "vit", **_SMALL_ENCODER, "image_size": 16, "patch_size": 4}, "decoder": _BERT_DECODER},
+        {
+            "encoder": {"model_type": "vit", **_SMALL_ENCODER, "image_size": 16, "patch_size": 4},
+            "decoder": _BERT_DECODER,
+        },
         features={"pixel_values": (1, 3, 16, 16)},
     ),
     "seq2seq:encoder-decoder": Override(

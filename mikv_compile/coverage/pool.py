@@ -177,7 +177,7 @@ def _work(connection: Connection, log: str) -> None:
 
 
 def quiet(log: str | None = None) -> None:
-    """Silence what transformers and torch print about tiny models; the process' output goes to a file if one is given."""
+    """Silence what transformers and torch print about tiny models; output goes to the file if one is given."""
     os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore")

@@ -67,8 +67,8 @@ class _Run:
 def run(architecture: Architecture, setting: Setting) -> dict[str, Any]:
     """Everything that the table shows of one architecture in one setting, as plain data.
 
-    ``status`` is ``ok``, or what went wrong: ``not built``, ``no cache``, ``not compiled`` (plain ``torch.compile`` fails
-    or differs as well), ``differs`` or ``crash``. The last two are this backend's own failures.
+    ``status`` is ``ok``, or what went wrong: ``not built``, ``no cache``, ``not compiled`` (plain ``torch.compile``
+    fails or differs as well), ``differs`` or ``crash``. The last two are this backend's own failures.
     """
     started = time.perf_counter()
     row: dict[str, Any] = {
@@ -164,7 +164,7 @@ def _drive(
     tokens: list[int] | None = None,
     shapes: list[tuple[int, ...]] | None = None,
 ) -> _Run:
-    """The prompt and three single tokens: greedy ones, or those given, so that runs stay comparable after a difference."""
+    """The prompt and three single tokens: greedy ones, or those given, which keeps runs comparable."""
     early = compiled is not None and setting.cache == "static" and setting.prefill == "compiled"
     cache = tiny.new_cache(setting.cache, shapes if early else None)
     counters = torch._dynamo.utils.counters
@@ -255,9 +255,8 @@ def _handles(cache: Any) -> dict[str, int]:
 def _shapes(cache: Any) -> list[tuple[int, ...]] | None:
     """Of the keys of every layer, if all have some and keys and values agree."""
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for _, layer in _layers(cache)]
-    if not pairs or any(k is None or v is None or k.dim() != 4 or k.shape != v.shape for k, v in pairs):
-        return None
-    return [tuple(k.shape) for k, _ in pairs]
+    shapes = [tuple(k.shape) for k, v in pairs if k is not None and v is not None and k.shape == v.shape]
+    return shapes if shapes and len(shapes) == len(pairs) and all(len(s) == 4 for s in shapes) else None
 
 
 def _scale(dense: _Run) -> float:
@@ -322,7 +321,7 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     frames: list[traceback.FrameSummary] = []
     current: BaseException | None = error
     while current is not None:
-        frames = traceback.extract_tb(current.__traceback__) + frames if not frames else frames
+        frames += traceback.extract_tb(current.__traceback__)  # the cause is further in
         current = current.__cause__
     return frames
 
@@ -330,7 +329,13 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 def _where(error: BaseException) -> str | None:
     """The innermost line of this package that the error came through."""
     here = Path(mikv_compile.__file__).parent
-    roots = (str(here / "kernels"), str(here / "passes"), str(here), str(here.parent / "passes"), str(here.parent / "kernels"))
+    roots = (
+        str(here / "kernels"),
+        str(here / "passes"),
+        str(here),
+        str(here.parent / "passes"),
+        str(here.parent / "kernels"),
+    )
     for frame in reversed(_frames(error)):
         if frame.filename.startswith(roots) and "coverage" not in frame.filename:
             return f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno} {frame.name}"

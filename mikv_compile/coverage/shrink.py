@@ -11,11 +11,17 @@ VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, WINDOW = 12
 SIZES: dict[str, Any] = {
     # The decoder, in the words of different authors.
     **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "n_words"], VOCABULARY),
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "projection_dim", "lru_width"], HIDDEN),
+    **dict.fromkeys(
+        [
+            "hidden_size", "d_model", "n_embd", "embedding_size", "embed_dim", "projection_dim", "lru_width",
+            "out_hidden_size",
+        ],
+        HIDDEN,
+    ),
     **dict.fromkeys(
         [
             "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers",
-            "num_decoder_layers", "num_encoder_layers", "depth",
+            "num_decoder_layers", "num_encoder_layers", "depth", "layers",
         ],
         LAYERS,
     ),
@@ -62,7 +68,7 @@ SIZES: dict[str, Any] = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     # Encoders of images and sounds.
     "patch_size": 4, "image_size": 16, "num_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2,
-    "num_mel_bins": 16,
+    "num_mel_bins": 16, "num_filters": 2, "base_channels": 32,
 }  # fmt: skip
 """Field name -> tiny value. A field that a config does not have is left out."""
 
