@@ -36,14 +36,14 @@ def _coverage_command(typer: Any) -> Callable[..., None]:
         names: Annotated[list[str] | None, typer.Argument(help="Architectures; all without names.")] = None,
         kind: Annotated[str | None, typer.Option(help="Only causal, seq2seq or vlm.")] = None,
         cache: Annotated[str | None, typer.Option(help="Only dynamic or static.")] = None,
-        attn: Annotated[str | None, typer.Option(help="Only sdpa or eager.")] = None,
+        attn: Annotated[str | None, typer.Option(help="Only sdpa or eager; first: sdpa where there is sdpa.")] = None,
         lower: Annotated[str, typer.Option(help="eager traces in seconds; inductor compiles for minutes.")] = "eager",
         prefill: Annotated[str, typer.Option(help="Static caches: eager, compiled, or both.")] = "eager",
         bits4: Annotated[
             str, typer.Option(help="4-bit runs: all, first (dynamic with the first form), none.")
         ] = "first",
         jobs: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
-        timeout: Annotated[float, typer.Option(help="Seconds for one run.")] = 180.0,
+        timeout: Annotated[float, typer.Option(help="CPU seconds for one run.")] = 180.0,
         results: Annotated[Path | None, typer.Option("--json", help="JSON lines; a run goes on from them.")] = None,
         write: Annotated[Path | None, typer.Option(help="Write the table as markdown.")] = None,
         listing: Annotated[bool, typer.Option("--list", help="Only list the architectures.")] = False,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -148,17 +147,19 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 def test_a_run_that_takes_too_long_or_dies_costs_one_row(monkeypatch):
     slow, quick = (one("llama"), Setting()), (one("gemma4_assistant"), Setting())
-    worker = pool._Worker()
+    worker = pool._Worker(timeout=-1.0)
     try:
         worker.give(slow)
-        assert pool._finished([worker], timeout=-1.0)[0]["status"] == "timeout" and worker.process is None
+        assert pool._finished([worker])[0]["status"] == "timeout" and worker.process is None
+        worker.timeout = 60.0
         worker.give(slow)
         worker.process.kill()
-        (row,) = pool._finished([worker], timeout=60.0)
+        (row,) = pool._finished([worker])
         assert row["status"] == "crash" and "exit code -9" in row["error"]
     finally:
         worker.stop()
-    assert run_all([quick])[0]["status"] == "not built"
+    hung, fine = run_all([slow, quick], timeout=1.0)
+    assert hung["status"] == "timeout" and fine["status"] == "not built"
 
 
 def test_settings_of_a_plan():
@@ -186,20 +187,37 @@ def test_settings_of_a_plan():
         False,
     ) not in made
     assert len(made) == 9
+    assert [s.attention for _, s in plan([one("llama"), one("bloom")], "dynamic", "first")] == ["sdpa", "eager"]
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("typer")
-    command = [sys.executable, "-m", "mikv_compile.cli", "coverage"]
-    table = tmp_path / "table.md"
-    arguments = ["gemma4_assistant", "--cache", "dynamic", "--jobs", "1", "--write", str(table)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "a drafter" in table.read_text()
-    listed = subprocess.run([*command, "--list", "llama"], capture_output=True, text=True).stdout
-    assert listed.startswith("llama LlamaForCausalLM")
-    wrong = subprocess.run([*command, "llamma"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "llamma" in wrong.stderr
+    from mikv_compile import cli
+
+    rows = {r["key"]: r for r in recorded()[:1]}
+    results, table = tmp_path / "rows.jsonl", tmp_path / "table.md"
+    results.write_text("".join(json.dumps(r) + "\n" for r in rows.values()))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mikv", "coverage", *arguments])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+        return status.value.code
+
+    chosen = ["llama", "--cache", "dynamic", "--attn", "sdpa"]
+    assert call(*chosen, "--json", str(results), "--write", str(table)) == 0
+    assert "| llama | 2/2 |" in table.read_text() and f"`mikv coverage {' '.join(chosen)}`" in table.read_text()
+    assert call("--list", "llama") == 0 and "llama LlamaForCausalLM" in capsys.readouterr().out
+    assert call("llamma") == 2 and "llamma" in capsys.readouterr().err
+    assert call("--cache", "paged") == 2 and "dynamic, static" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_missing(monkeypatch):
+    from mikv_compile import cli
+
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"mikv-compile\[cli\]"):
+        cli.main()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mikv_compile.coverage.runs import Setting
 from mikv_compile.coverage.table import OWN_FAILURES, render, setting_of, summarize
 
 CHOICES = {
-    "kind": KINDS, "cache": ("dynamic", "static"), "attention": ("sdpa", "eager"), "lower": ("eager", "inductor"),
+    "kind": KINDS, "cache": ("dynamic", "static"), "attention": ("sdpa", "eager", "first"), "lower": ("eager", "inductor"),
     "prefill": ("eager", "compiled", "both"), "bits4": ("all", "first", "none"),
 }  # fmt: skip
 
@@ -27,10 +27,12 @@ def plan(
     prefill: str = "eager",
     bits4: str = "first",
 ) -> list[Task]:
-    """The runs, one setting after the other. ``prefill`` is for static caches; a dynamic one starts compiled."""
+    """The runs, one setting after the other. ``attention="first"`` means sdpa where there is sdpa.
+
+    ``prefill`` is for static caches; a dynamic one starts compiled."""
     ways = {"dynamic": ["compiled"], "static": ["eager", "compiled"] if prefill == "both" else [prefill]}
     settings = [
-        (c, a, way) for c in ways if cache in (None, c) for a in ("sdpa", "eager") if attention in (None, a)
+        (c, a, way) for c in ways if cache in (None, c) for a in ("sdpa", "eager") if attention in (None, "first", a)
         for way in ways[c]
     ]  # fmt: skip
     tasks: list[Task] = []
@@ -40,7 +42,7 @@ def plan(
                 forms = attentions(architecture)
             except CannotBuildError:
                 forms = ["sdpa"]  # one row that says why
-            if a not in forms:
+            if a not in (forms[:1] if attention == "first" else forms):
                 continue
             first = c == "dynamic" and a == forms[0]
             setting = Setting(c, a, lower, way, bits4 == "all" or (bits4 == "first" and first))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +21,8 @@ from typing import Any
 
 from mikv_compile.coverage.models import Architecture
 from mikv_compile.coverage.runs import Setting
+
+PATIENCE = 10
 
 RUNS_PER_WORKER = 60
 """Dynamo and the model classes leave something behind in every run, so workers are replaced now and then."""
@@ -51,23 +55,23 @@ def run_all(
         tasks: architectures with settings.
         path: JSON lines; each row is appended as soon as it is there.
         jobs: worker processes, each with one thread.
-        timeout: seconds that one run may take.
+        timeout: seconds of CPU time that one run may take, so that a busy machine changes no result. A run that
+            does not use the CPU is given up after `PATIENCE` times as many seconds.
         progress: called with each new row.
     """
     wanted = list(tasks)
     rows = read_rows(path) if path else {}
     queue = deque(t for t in wanted if not _has(rows.get(t[1].key(t[0].name)), t[1]))
-    workers = [_Worker() for _ in range(min(jobs, len(queue)))]
+    workers = [_Worker(timeout) for _ in range(min(jobs, len(queue)))]
     try:
         while queue or any(w.task for w in workers):
             for worker in workers:
                 if worker.task is None and queue:
                     worker.give(queue.popleft())
-            for row in _finished(workers, timeout):
+            for row in _finished(workers):
                 rows[row["key"]] = row
                 if path:
-                    with path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    _append(path, row)
                 progress(row)
     finally:
         for worker in workers:
@@ -75,11 +79,20 @@ def run_all(
     return [rows[s.key(a.name)] for a, s in wanted]
 
 
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # an interrupted run has left half a line
+        file.write(json.dumps(row).encode() + b"\n")
+
+
 def _has(row: dict[str, Any] | None, setting: Setting) -> bool:
     return row is not None and (row["bits4"] or not setting.bits4)
 
 
-def _finished(workers: list[_Worker], timeout: float) -> list[dict[str, Any]]:
+def _finished(workers: list[_Worker]) -> list[dict[str, Any]]:
     """Rows of the workers that have answered, died or taken too long; waits a moment for the first."""
     busy = [w for w in workers if w.task]
     ready = wait([w.connection for w in busy if w.connection], timeout=1.0)
@@ -87,8 +100,8 @@ def _finished(workers: list[_Worker], timeout: float) -> list[dict[str, Any]]:
     for worker in busy:
         if worker.connection in ready:
             rows.append(worker.answer())
-        elif time.monotonic() - worker.since > timeout:
-            rows.append(worker.failed("timeout", f"no result after {timeout:.0f} s"))
+        elif time.monotonic() - worker.since > PATIENCE * worker.timeout:
+            rows.append(worker.failed("timeout", f"no result after {PATIENCE * worker.timeout:.0f} s"))
     return rows
 
 
@@ -96,6 +109,7 @@ def _finished(workers: list[_Worker], timeout: float) -> list[dict[str, Any]]:
 class _Worker:
     """A process that runs one task at a time; started when first needed and again after it failed."""
 
+    timeout: float = 180.0
     process: Any = None
     connection: Connection | None = None
     task: Task | None = None
@@ -115,7 +129,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         descriptor, self.log = tempfile.mkstemp(suffix=".log")
         os.close(descriptor)
-        self.process = context.Process(target=_work, args=(theirs, self.log), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.log, self.timeout), daemon=True)
         self.process.start()
         theirs.close()
         self.done = 0
@@ -127,6 +141,8 @@ class _Worker:
             row = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join(5)
+            if self.process.exitcode == -getattr(signal, "SIGXCPU", 0):
+                return self.failed("timeout", f"no result after {self.timeout:.0f} s of CPU time")
             tail = " | ".join(Path(self.log).read_text(errors="replace").strip().splitlines()[-3:])
             return self.failed("crash", f"the process died with exit code {self.process.exitcode}: {tail[-400:]}")
         self.task = None
@@ -158,7 +174,7 @@ class _Worker:
         self.process = self.connection = self.task = None
 
 
-def _work(connection: Connection, log: str) -> None:
+def _work(connection: Connection, log: str, timeout: float) -> None:
     """What a worker process does."""
     quiet(log)
     import torch
@@ -171,9 +187,20 @@ def _work(connection: Connection, log: str) -> None:
             task = connection.recv()
         except EOFError:
             return
+        _limit_cpu(timeout)
         row = run(*task)
         torch._dynamo.reset()
         connection.send(row)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """From now on this process may use so much CPU time; then the system ends it. No limit where there is no such."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def quiet(log: str | None = None) -> None:
