@@ -14,8 +14,8 @@ from mikv_compile.coverage.runs import Setting
 from mikv_compile.coverage.table import OWN_FAILURES, render, setting_of, summarize
 
 CHOICES = {
-    "kind": KINDS, "cache": ("dynamic", "static"), "attention": ("sdpa", "eager", "first"), "lower": ("eager", "inductor"),
-    "prefill": ("eager", "compiled", "both"), "bits4": ("all", "first", "none"),
+    "kind": KINDS, "cache": ("dynamic", "static"), "attention": ("sdpa", "eager", "first"),
+    "lower": ("eager", "inductor"), "prefill": ("eager", "compiled", "both"), "bits4": ("all", "first", "none"),
 }  # fmt: skip
 
 

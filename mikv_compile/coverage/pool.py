@@ -182,6 +182,8 @@ def _work(connection: Connection, log: str, timeout: float) -> None:
     from mikv_compile.coverage.runs import run
 
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        import transformers.models.auto.modeling_auto  # noqa: F401  (its seconds are not the first run's)
     while True:
         try:
             task = connection.recv()
