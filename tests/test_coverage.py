@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 def test_a_run_that_takes_too_long_or_dies_costs_one_row():
     slow, quick = (one("llama"), Setting()), (one("gemma4_assistant"), Setting())
-    worker = pool._Worker(timeout=-1.0)
+    worker = pool._Worker(timeout=-100.0)
     try:
         worker.give(slow)
         assert pool._finished([worker])[0]["status"] == "timeout" and worker.process is None

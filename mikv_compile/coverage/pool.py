@@ -56,7 +56,7 @@ def run_all(
         path: JSON lines; each row is appended as soon as it is there.
         jobs: worker processes, each with one thread.
         timeout: seconds of CPU time that one run may take, so that a busy machine changes no result. A run that
-            does not use the CPU is given up after `PATIENCE` times as many seconds.
+            does not use the CPU is given up after a minute and `PATIENCE` times as many seconds.
         progress: called with each new row.
     """
     wanted = list(tasks)
@@ -100,8 +100,8 @@ def _finished(workers: list[_Worker]) -> list[dict[str, Any]]:
     for worker in busy:
         if worker.connection in ready:
             rows.append(worker.answer())
-        elif time.monotonic() - worker.since > PATIENCE * worker.timeout:
-            rows.append(worker.failed("timeout", f"no result after {PATIENCE * worker.timeout:.0f} s"))
+        elif (waited := time.monotonic() - worker.since) > PATIENCE * worker.timeout + 60:
+            rows.append(worker.failed("timeout", f"no result after {waited:.0f} s"))
     return rows
 
 

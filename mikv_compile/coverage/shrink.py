@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
         [
             "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers",
             "num_decoder_layers", "num_encoder_layers", "depth", "layers",
+            "decoder_num_hidden_layers", "encoder_num_hidden_layers",
         ],
         LAYERS,
     ),
@@ -29,6 +30,7 @@ SIZES: dict[str, Any] = {
         [
             "num_attention_heads", "num_heads", "n_head", "n_heads", "decoder_attention_heads",
             "encoder_attention_heads", "attention_heads", "swa_num_attention_heads",
+            "decoder_num_attention_heads", "encoder_num_attention_heads",
         ],
         HEADS,
     ),
