@@ -16,8 +16,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 512,
-    # Another prompt changes the next logits by 150 % of their norm, 4 bits change them by 3 to 8 %: attention matters, and
-    # the two cannot be confused. At 0.02, the default, attention hardly matters; at 0.3, 4 bits change them by 20 to 40 %.
+    # Another prompt changes the next logits by 150 % of their norm and 4 bits change them by 3 to 8 %, so that errors
+    # show. At 0.02, the default, attention hardly matters; at 0.3, 4 bits change the logits by 20 to 40 %.
     "initializer_range": 0.1,
     "pad_token_id": 0,
     "bos_token_id": 1,
