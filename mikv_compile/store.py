@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Role = Literal["key", "value"]
 
+DROP_STEP = 64
+"""Tokens leave a store's front at least this many at a time."""
+
 INTERRUPTED = (
     "an error interrupted the step that was moving this cache's tokens between tiers, so it may hold half of a step; "
     "start again from the prompt"
@@ -514,8 +517,9 @@ class LayerStore:
     def drop_before(self, position: int) -> int:
         """Forget tokens before an absolute ``position``: those of a sliding window's front.
 
-        Memory is given back once at least ``max(block, 64)`` tokens can go, and whole blocks go at a time. Tokens that
-        a living handle still shows stay. Plans without :attr:`~mikv_compile.plan.LayerPlan.is_fifo` keep their memory.
+        Memory is given back once at least ``max(block, DROP_STEP)`` tokens can go, and whole blocks go at a time.
+        Tokens that a living handle still shows stay. Plans without :attr:`~mikv_compile.plan.LayerPlan.is_fifo` keep
+        their memory.
 
         Returns:
             How many tokens were physically dropped; ``base`` has grown by it.
@@ -533,7 +537,7 @@ class LayerStore:
         if lower:
             shift = min(free, self.counts[1]) // lower[0].block * lower[0].block
             free = shift if shift < self.counts[1] else free
-        if free < max(64, *(t.block for t in self.plan.format.tiers)):
+        if free < max(DROP_STEP, *(t.block for t in self.plan.format.tiers)):
             return 0
         self.untouched, self._derived = False, None
         if lower:
