@@ -213,7 +213,7 @@ def _layers(cache: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(layer: Any) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in vars(layer).items() if isinstance(v, torch.Tensor) and v.numel() > 1}
+    return {k: v for k, v in vars(layer).items() if isinstance(v, torch.Tensor)}
 
 
 def _is_kv(tensors: dict[str, torch.Tensor]) -> bool:
