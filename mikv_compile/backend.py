@@ -16,7 +16,7 @@ from mikv_compile.handle import KVTensor
 from mikv_compile.lowering import Extent, Lowering, PlannedSite, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, RewrittenSite, Site, analyze, rewrite
 from mikv_compile.passes.columns import NotSeparable, cut_out
-from mikv_compile.passes.node_utils import fake, writes_in_place
+from mikv_compile.passes.node_utils import fake, is_metadata, writes_in_place
 from mikv_compile.passes.views import aliases
 from mikv_compile.plan import Planner
 from mikv_compile.preallocated import PreallocatedKV
@@ -57,6 +57,7 @@ def mikv(
     _report(analysis, planned, declined, chosen)
 
     written = _written_inputs(gm, handles)
+    asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
     inputs = _make_dense(rewritten, example_inputs)
     if chosen.lower == "eager":
         function: Callable[..., Any] = rewritten.gm.forward
@@ -64,7 +65,7 @@ def mikv(
         settings = {**(_compat.mode_options(mode) if mode else {}), **chosen.inductor}
         function = _compat.compile_with_inductor(rewritten.gm, inputs, settings)
     calls = [_site_call(p, s, sizes, len(planned)) for p, s in zip(planned, rewritten.sites, strict=True)]
-    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written, calls)
+    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written, asked, calls)
 
 
 def _handles(gm: GraphModule, example_inputs: list[Any]) -> dict[Node, Any]:

@@ -91,6 +91,7 @@ class CompressedGraph:
         original: Callable[..., Any],
         kept_inputs: list[int],
         written_inputs: Sequence[int],
+        asked_inputs: Sequence[int],
         sites: list[SiteCall],
     ) -> None:
         """Make the callable.
@@ -100,10 +101,11 @@ class CompressedGraph:
             original: the graph as it was, for arguments that the rewritten one cannot serve.
             kept_inputs: positions of the original's inputs that the rewritten graph still takes.
             written_inputs: positions of the inputs that the original writes in place.
+            asked_inputs: positions of the inputs of which only sizes are read.
             sites: the rewritten sites, in the order of their buffers.
         """
         self._function, self._original = function, original
-        self._kept, self._written = kept_inputs, frozenset(written_inputs)
+        self._kept, self._written, self._asked = kept_inputs, frozenset(written_inputs), frozenset(asked_inputs)
         self._sites = sites
         self._warned = False
 
@@ -113,7 +115,7 @@ class CompressedGraph:
             steps = [self._prepare(site, args) for site in self._sites]
         except CannotServe as reason:
             return self._run_original(args, reason)
-        inputs = [_dense(args[i]) for i in self._kept]
+        inputs = [_shaped(args[i]) if i in self._asked else _dense(args[i]) for i in self._kept]
         dense = dict(zip(self._kept, inputs, strict=True))
         encoded: dict[Orders, torch.Tensor] = {}
         for step in steps:
@@ -213,6 +215,13 @@ def _dense(value: Any) -> Any:
         return value
     value.store.count_fallback("declined site")
     return value.dequantize()
+
+
+def _shaped(value: Any) -> Any:
+    """In place of a handle of which only sizes are read: a tensor that looks alike and holds nothing."""
+    if not isinstance(value, Handle):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def _columns(site: SiteCall, args: Sequence[Any], visible: int, new: int) -> tuple[int, int]:

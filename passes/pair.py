@@ -33,6 +33,7 @@ from mikv_compile.passes.views import NotAView, ViewPath, aliases, match_dims, t
 
 __all__ = ["Site", "pair"]
 
+_LEAST_CHANNELS = 4
 _OPAQUE_TARGETS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -351,6 +352,9 @@ def _belong_together(first: CacheUpdate, second: CacheUpdate) -> bool:
     one, other = shape_of(first.new), shape_of(second.new)
     if one is None or other is None or first.layout != second.layout or len(first.layout) != 4:
         return False
+    channels = [shape[first.layout.index("D")] for shape in (one, other)]
+    if any(isinstance(size, int) and size < _LEAST_CHANNELS for size in channels):
+        return False  # scales of a cache that the model quantizes itself, or gates
     lengths = [shape_of(u.result if u.past is None else u.past) for u in (first, second)]
     if any(shape is None for shape in lengths) or known_different(*(s[first.token_dim] for s in lengths)):  # type: ignore[index]
         return False
@@ -400,10 +404,8 @@ def _check_reads_after_write(path: ViewPath, update: CacheUpdate, attention: Att
     """Refuse what reads a cache before the in-place write of the new tokens."""
     if update.written is None or path.source is update.written or update.kind == "cat":
         return
-    first = path.views[0] if path.views else attention.nodes[0]
-    if not update.written < first and path.source is not update.result:
-        raise _Refused("attention reads the cache before the new tokens are written")
-    if path.source is update.past and not update.written < first:
+    readers = path.views[:1] or [node for node in attention.nodes if path.source in node.all_input_nodes]
+    if not all(update.written < node for node in readers):
         raise _Refused("attention reads the cache before the new tokens are written")
 
 
