@@ -47,7 +47,7 @@ def mikv(
     chosen = Options.parse(options)
     planner = Planner(chosen)
     handles = _handles(gm, example_inputs)
-    analysis = analyze(gm, handles.__contains__)
+    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
     sizes = SizeReader(gm.graph)
     planned, declined = _select(analysis, gm, planner, sizes, handles)
     rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
@@ -169,7 +169,7 @@ def _report(analysis: Analysis, planned: list[PlannedSite], declined: list[Decli
         SiteReport(
             p.site.name,
             p.layer,
-            "prefill" if p.site.born else "decode",
+            "prefill" if p.site.born else "read" if p.site.key.kind == "read" else "decode",
             _form(p.site),
             _groups(p.site),
             p.plan,

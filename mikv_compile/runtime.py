@@ -135,6 +135,8 @@ class CompressedGraph:
     def _prepare(self, site: SiteCall, args: Sequence[Any]) -> _Step:
         new = site.new_tokens(args)
         past = site.pasts(args)
+        if site.rewritten.site.key.kind == "read":
+            return _only_read(site, *past)
         if site.rewritten.fills:
             if site.position is not None and site.position(args, new) != 0:
                 raise CannotServe("a cache that is allocated in this call is not filled from its start")
@@ -167,6 +169,8 @@ class CompressedGraph:
 def _commit(step: _Step, outputs: list[Any]) -> None:
     """Take over what the graph did to a store, and put its handles where the dense cache was returned."""
     site, store = step.site, step.store
+    if site.rewritten.site.key.kind == "read":
+        return
     store.commit(step.orders, step.new)
     start = store.base + step.orders.first
     if site.keep is not None:
@@ -262,6 +266,19 @@ def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], 
         start = store.start
     store.drop_before(start + first)
     return store, max(start + first - store.base, 0)
+
+
+def _only_read(site: SiteCall, key: Any, value: Any) -> _Step:
+    """A call that reads the cache and appends nothing."""
+    store = _joined(key, value)
+    store.check_usable()
+    store.settle()
+    start, end = key.range
+    if end != store.end or key.shape[key.kv_layout.index("T")] != end - start:
+        raise CannotServe("the call reads a part of what the cache holds")
+    moves = (0,) * (len(store.counts) - 1)
+    orders = Orders(store.length, 0, 0, store.counts, 0, moves, first=start - store.base)
+    return _Step(site, store, orders, 0, (key, value))
 
 
 def _joined(key: Handle, value: Handle) -> LayerStore:
