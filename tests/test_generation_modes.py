@@ -354,11 +354,6 @@ def test_encoder_decoder_beams():
     agree("bart", prompt(2), FULL, compressed=False, num_beams=3)
 
 
-STATIC = pytest.mark.xfail(strict=True, reason="preallocated caches are left dense so far")
-WINDOWS = pytest.mark.xfail(strict=True, reason="sliding windows are left dense so far")
-EAGER_FORMS = pytest.mark.xfail(strict=True, reason="softcap and sink columns are left dense so far")
-
-
 def static_by_config(options):
     compile_config = transformers.CompileConfig(backend="mikv", mode=None, options=dict(options))
     compile_config._compile_all_devices = True
@@ -379,7 +374,6 @@ def test_static_cache_gives_the_same_tokens(way, options):
     )
 
 
-@STATIC
 @pytest.mark.parametrize("way", [static_by_config, static_by_wrapper])
 def test_static_cache_is_compressed(way):
     assert all(handles(way(INT4).past_key_values))
@@ -430,9 +424,9 @@ def test_sliding_windows_give_the_same_tokens(name, tokens, options):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("mistral", marks=WINDOWS),
-        pytest.param("gemma2", marks=EAGER_FORMS),
-        pytest.param("gpt_oss", marks=EAGER_FORMS),
+        "mistral",
+        "gemma2",
+        "gpt_oss",
     ],
 )
 def test_sliding_windows_are_compressed(name):
