@@ -379,6 +379,15 @@ def test_static_cache_is_compressed(way):
     assert all(handles(way(INT4).past_key_values))
 
 
+@STATIC
+def test_static_caches_of_several_sizes_are_compressed():
+    """`generate` makes each as long as prompt and answer; Dynamo calls their size symbolic from the second on."""
+    torch._dynamo.reset()
+    for tokens in (20, 30, 41):
+        got = generate(fast("llama", INT4), prompt(2, tokens), tokens=4, cache_implementation="static")
+        assert all(handles(got.past_key_values)), tokens
+
+
 def test_a_static_cache_that_is_reset_and_used_again():
     runner, results = fast("llama", FULL), []
     for r in (runner, model("llama")):
