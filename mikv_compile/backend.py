@@ -146,8 +146,9 @@ def _site_call(planned: PlannedSite, rewritten: RewrittenSite, sizes: SizeReader
     batch, new_tokens = sizes.reader(key.batch), sizes.reader(key.tokens)
     first = sizes.reader(planned.site.key.first)
     assert batch is not None and new_tokens is not None and first is not None
+    capacity = None if planned.site.key.capacity is None else sizes.reader(planned.site.key.capacity)
     return SiteCall(
-        rewritten, planned.plan, batch, new_tokens, first, _position(planned.site, sizes), int(key.heads),
+        rewritten, planned.plan, batch, new_tokens, first, _position(planned.site, sizes), capacity, int(key.heads),
         int(key.dim), int(value.dim), dtype.dtype, dtype.device, layers,
     )  # fmt: skip
 

@@ -134,8 +134,8 @@ def _check_storage(site: Site, layers: int, sizes: SizeReader) -> CacheShape:
     k, v = Extent.of(site.key), Extent.of(site.value)
     if any(_compat.symbol_of(size) is not None for size in (k.heads, k.dim, v.dim)):
         raise _CannotServeError("the number of heads or the head dimension is symbolic; mark it static")
-    if _compat.symbol_of(site.key.capacity) is not None:
-        raise _CannotServeError("the size of the preallocated cache is symbolic; mark it static")
+    if sizes.reader(site.key.capacity or 0) is None or _compat.symbol_of(site.key.keep) is not None:
+        raise _CannotServeError("the arguments of the graph do not tell the size of the preallocated cache")
     batch = k.batch if _compat.symbol_of(k.batch) is None else 1
     return CacheShape(int(batch), int(k.heads), int(k.dim), int(v.dim), key.dtype, layers)
 

@@ -379,7 +379,6 @@ def test_static_cache_is_compressed(way):
     assert all(handles(way(INT4).past_key_values))
 
 
-@STATIC
 def test_static_caches_of_several_sizes_are_compressed():
     """`generate` makes each as long as prompt and answer; Dynamo calls their size symbolic from the second on."""
     torch._dynamo.reset()
@@ -430,14 +429,7 @@ def test_sliding_windows_give_the_same_tokens(name, tokens, options):
     agree(name, prompt(2, tokens), options, compressed=False, tokens=16)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mistral",
-        "gemma2",
-        "gpt_oss",
-    ],
-)
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
 def test_sliding_windows_are_compressed(name):
     agree(name, prompt(2, 40), FULL, tokens=6)
 
