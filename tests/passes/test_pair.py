@@ -313,7 +313,7 @@ def test_attention_without_a_cache_declines():
 
 
 def test_update_without_attention_is_reported():
-    refused("no supported attention", lambda p, k: torch.cat([p, k + 1], -2), past(), new())
+    refused("no attention in this graph", lambda p, k: torch.cat([p, k + 1], -2), past(), new())
 
 
 def test_the_graph_is_not_changed():
