@@ -1,4 +1,8 @@
-"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask."""
+"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask.
+
+What a dimension holds is written in the letters of :data:`~mikv_compile.passes.records.Dims`: a query of `("b", "k",
+"gr", "d")` is split, permuted and merged until it is `("b", "kg", "r", "d")`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,7 @@ def in_layout(graph: Graph, node: Node, layout: str) -> Node:
 
 
 def _with_heads(layout: str) -> str:
+    """A layout with a dimension of one head where it has none."""
     return layout if "H" in layout else layout.replace("T", "HT")
 
 
