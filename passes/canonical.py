@@ -1,9 +1,13 @@
-"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask."""
+"""Nodes that bring an attention call's operands into canonical form: `[B, heads, rows, channels]`, and one mask.
+
+What a dimension holds is written in the letters of :data:`~mikv_compile.passes.records.Dims`: a query of `("b", "k",
+"gr", "d")` is split, permuted and merged until it is `("b", "kg", "r", "d")`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -29,6 +33,7 @@ def in_layout(graph: Graph, node: Node, layout: str) -> Node:
 
 
 def _with_heads(layout: str) -> str:
+    """A layout with a dimension of one head where it has none."""
     return layout if "H" in layout else layout.replace("T", "HT")
 
 
@@ -45,61 +50,66 @@ def output(graph: Graph, node: Node, dims: Dims, heads: int, groups: int) -> Nod
     """An attention output `[B, Hq, R, Dv]` in the dimensions `dims` that the model expects."""
     if dims == HEADED:
         return node
-    letters = "".join(dims).replace("1", "")
     held = list(HEADED)
-    if not _heads_together(letters):
+    if not any("kg" in name for name in dims):
         node = graph.call_method("unflatten", (node, 1, (heads // groups, groups)))
         held[1:2] = ["k", "g"]
-    wanted = [token for token in _tokens(letters, held)]
-    node = _permuted(graph, node, [held.index(token) for token in wanted])
+    wanted = [part for name in dims for part in _parts(name)]
+    gone = [part for part in held if part not in wanted]  # of size 1
+    node = _permuted(graph, node, [held.index(part) for part in (*gone, *wanted)])
+    for _ in gone:
+        node = graph.call_method("squeeze", (node, 0))
     for i, name in enumerate(dims):
-        if name == "1":
+        count = len(_parts(name))
+        if count == 0:
             node = graph.call_method("unsqueeze", (node, i))
-            continue
-        count = len(_tokens(name, held))
         if count > 1:
             node = graph.call_method("flatten", (node, i, i + count - 1))
     return node
 
 
-def _heads_together(letters: str) -> bool:
-    return "kg" in letters
+def _parts(name: str) -> list[str]:
+    """The letters merged in a dimension; `kg` counts as one, and a dimension of size 1 has none."""
+    return re.findall("kg|[bkgrtd]", name)
 
 
-def _tokens(letters: str, held: Sequence[str]) -> list[str]:
-    """Letters as the dimensions that hold them: `kg` is one where it is together."""
-    found, rest = [], letters
-    while rest:
-        token = "kg" if rest.startswith("kg") and "kg" in held else rest[0]
-        found.append(token)
-        rest = rest[len(token) :]
-    return found
+def _headed(
+    graph: Graph, node: Node, dims: Dims, target: Dims, heads: int, groups: int, narrow: Collection[int] = ()
+) -> Node:
+    """Split, order and merge dimensions until they are `target`, whose heads are together.
 
-
-def _headed(graph: Graph, node: Node, dims: Dims, target: Dims, heads: int, groups: int) -> Node:
-    """Split, order and merge dimensions until they are `target`, whose heads are together."""
+    Letters that `dims` lacks have size 1. So has each dimension in `narrow`, which broadcasts along its letters.
+    """
     if dims == target:
         return node
     held: list[str] = []
+    broadcast: set[str] = set()
     for i, name in reversed(list(enumerate(dims))):
-        if name == "1":
+        parts = _parts(name)
+        if not parts:
             node = graph.call_method("squeeze", (node, i))
-            continue
-        parts = _tokens(name, ["kg"])
-        if len(parts) > 1:
+        elif i in narrow:
+            broadcast.update(parts)
+            for _ in parts[1:]:
+                node = graph.call_method("unsqueeze", (node, i))
+        elif len(parts) > 1:
             node = graph.call_method("unflatten", (node, i, _split(parts, heads, groups)))
         held = parts + held
-    if "kg" not in held:
-        for letter in ("g", "k"):  # a missing one has size 1
-            if letter not in held:
-                node = graph.call_method("unsqueeze", (node, 0))
-                held.insert(0, letter)
-    if "b" not in held:
-        node = graph.call_method("unsqueeze", (node, 0))
-        held.insert(0, "b")
     order = [target[0], *(["kg"] if "kg" in held else ["k", "g"]), *target[2:]]
-    node = _permuted(graph, node, [held.index(token) for token in order])
-    return node if "kg" in held else graph.call_method("flatten", (node, 1, 2))
+    for letter in order:
+        if letter not in held:
+            node = graph.call_method("unsqueeze", (node, 0))
+            held.insert(0, letter)
+            broadcast.add(letter)
+    node = _permuted(graph, node, [held.index(letter) for letter in order])
+    if "kg" in held:
+        return node
+    sizes = {"k": heads // groups, "g": groups}
+    repeated = [letter for letter in sizes if letter in broadcast and sizes[letter] != 1]
+    if len(repeated) == 1:  # merged with the other letter it cannot broadcast any more
+        full = [sizes[letter] if letter in repeated else -1 for letter in order]
+        node = graph.call_method("expand", (node, *full))
+    return graph.call_method("flatten", (node, 1, 2))
 
 
 def _split(parts: Sequence[str], heads: int, groups: int) -> tuple[int, ...]:
@@ -139,19 +149,9 @@ def _headed_term(graph: Graph, node: Node, term: ScoreTerm, heads: int, groups: 
     assert value is not None
     if term.dims == SCORES or value.dim() == 0:
         return node
-    dims = list(term.dims[len(term.dims) - value.dim() :])
-    sizes: dict[str, Any] = dict(zip(dims, value.shape, strict=True))
-    if "bkg" in dims and known_equal(sizes["bkg"], 1):
-        node = graph.call_method("unsqueeze", (node, dims.index("bkg")))
-        dims[dims.index("bkg") : dims.index("bkg") + 1] = ["b", "kg"]
-    if "k" in dims and "g" in dims and not (known_equal(sizes["k"], 1) and known_equal(sizes["g"], 1)):
-        full = [{"k": heads // groups, "g": groups}.get(name, -1) for name in dims]
-        node = graph.call_method("expand", (node, *full))
-    missing = [name for name in ("r", "t") if not any(name in held for held in dims)]
-    for name in reversed(missing):
-        node = graph.call_method("unsqueeze", (node, 0))
-        dims.insert(0, name)
-    return _headed(graph, node, tuple(dims), SCORES, heads, groups)
+    dims = term.dims[len(term.dims) - value.dim() :]
+    narrow = [i for i, size in enumerate(value.shape) if known_equal(size, 1)]
+    return _headed(graph, node, dims, SCORES, heads, groups, narrow)
 
 
 def with_sinks(graph: Graph, out: Node, lse: Node, sinks: Node) -> tuple[Node, Node]:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mikv_compile.passes.node_utils import fake, writes_in_place
-from mikv_compile.passes.views import aliases
+from mikv_compile.passes.views import aliases, view_input
 
 _MAX_NODES = 64
 
@@ -53,7 +53,23 @@ def _check(node: Node, columns: Node) -> None:
         raise NotSeparable(f"the columns of the new tokens depend on `{node.name}`")
     if value is None:
         return
-    for alias in aliases(node):
+    shared = aliases(node)
+    last = _last_reader(columns) if columns in shared else columns
+    for alias in shared:
         for user in alias.users:
-            if writes_in_place(user) and user.args[0] is alias and user < columns:
+            if writes_in_place(user) and user.args[0] is alias and user < last:
                 raise NotSeparable(f"`{user.name}` changes the columns of the new tokens in place before they are used")
+
+
+def _last_reader(columns: Node) -> Node:
+    """The last node that reads `columns`, itself or through views, and does not write there."""
+    last, todo, seen = columns, [columns], {columns}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if not (writes_in_place(user) and user.args[0] is node):
+                last = max(last, user)
+            if view_input(user) is node and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return last

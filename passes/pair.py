@@ -228,6 +228,7 @@ def only_read(compressed: Mapping[Node, str], updates: Sequence[CacheUpdate]) ->
 
 
 def _place(update: CacheUpdate) -> Any:
+    """A sort key: where in the graph the cache is updated."""
     return _Order(update.written or update.result)
 
 
@@ -274,7 +275,10 @@ def _join(attention: Attention, key_path: ViewPath, value_path: ViewPath, key: C
 
 
 def _reads_all(update: CacheUpdate, stop: Any) -> bool:
-    """Whether the unwritten columns are read too: the slice `[:stop]` may end with the new tokens instead."""
+    """Whether the unwritten columns are read too: the slice `[:stop]` may end with the new tokens instead.
+
+    A `stop` of None reads all columns.
+    """
     if stop is None or not update.tail:
         if stop is not None:
             raise _Refused("attention reads only a slice of the cache")

@@ -12,6 +12,7 @@ from mikv_compile.passes.node_utils import (
     operation,
     output_positions,
     same_kind,
+    same_shape,
     shape_of,
 )
 from mikv_compile.passes.records import CacheUpdate
@@ -48,17 +49,23 @@ def _rolled(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
     users = [user for user in source.users if user is not node]
     if layout is None or len(users) != 1 or operation(users[0]) != "setitem" or users[0].args[0] is not source:
         return None
-    index, new = users[0].args[1], users[0].args[2]
+    write = users[0]
+    index, new = write.args[1], write.args[2]
     token_dim = layout.index("T")
-    if not isinstance(new, Node) or not isinstance(index, tuple) or not _is_last(index, token_dim, shape[token_dim]):
+    if is_allocated(cached) or not write < node:
+        return None  # zeros have nothing to keep; what is written behind the copy does not reach the cache
+    if not isinstance(new, Node) or not isinstance(index, tuple) or not _is_last(index, token_dim):
         return None
     new_shape = shape_of(new)
-    if new_shape is None or len(new_shape) != len(shape) or not known_equal(new_shape[token_dim], 1):
+    one_token = [1 if i == token_dim else size for i, size in enumerate(shape)]
+    if new_shape is None or len(new_shape) != len(shape) or not same_kind(cached, new):
         return None
-    return _update(node, cached, new, layout, "roll", first=1, result=node, nodes=(source, users[0]))
+    if not all(known_equal(size, wanted) for size, wanted in zip(new_shape, one_token, strict=True)):
+        return None
+    return _update(node, cached, new, layout, "roll", first=1, result=node, nodes=(source, write))
 
 
-def _is_last(index: tuple[object, ...], token_dim: int, size: object) -> bool:
+def _is_last(index: tuple[object, ...], token_dim: int) -> bool:
     """Whether an index is whole but for the last column of the tokens."""
     if len(index) <= token_dim or any(item != slice(None) for i, item in enumerate(index) if i != token_dim):
         return False
@@ -66,7 +73,7 @@ def _is_last(index: tuple[object, ...], token_dim: int, size: object) -> bool:
     if isinstance(item, slice):
         return item in (slice(-1, None), slice(-1, None, None))
     if isinstance(item, Node):
-        return operation(item) == "tensor" and item.args[0] in ([-1], (-1,)) and known_equal(size, size)
+        return operation(item) == "tensor" and item.args[0] in ([-1], (-1,)) and not in_place_writers(item)
     return item in ([-1], (-1,))
 
 
@@ -74,7 +81,7 @@ def _replaced(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
     """`cache.copy_(new[:, :, -window:])`: a prompt at least as long as the window."""
     shape = shape_of(cached)
     new = view_input(source)
-    if shape is None or new is None:
+    if shape is None or new is None or not same_shape(cached, source) or (is_allocated(cached) and not _kept(node)):
         return None
     for layout in LAYOUTS[len(shape)].values():
         cut = slice_of_tokens(source, layout)
@@ -83,6 +90,11 @@ def _replaced(node: Node, cached: Node, source: Node) -> CacheUpdate | None:
         if known_equal(shape[layout.index("T")], -cut[0]):
             return _update(node, cached, new, layout, "replace", position=0, result=new, nodes=(source,))
     return None
+
+
+def _kept(node: Node) -> tuple[int, ...]:
+    """Positions of the graph's output that hold the cache after `cache.copy_()`."""
+    return tuple(sorted({*output_positions(node.args[0]), *output_positions(node)}))  # type: ignore[arg-type]
 
 
 def _update(
@@ -98,7 +110,6 @@ def _update(
     position: int | None = None,
 ) -> CacheUpdate:
     readers = dict.fromkeys([*cached.users, *result.users])
-    outputs = tuple(sorted({*output_positions(cached), *output_positions(node)}))
     capacity = shape_of(cached)[layout.index("T")]  # type: ignore[index]
     return CacheUpdate(
         result=result,
@@ -106,7 +117,7 @@ def _update(
         new=new,
         layout=layout,
         kind=kind,
-        outputs=outputs,
+        outputs=_kept(node),
         metadata_users=tuple(sorted(user for user in readers if is_metadata(user))),
         sources=(cached,) if kind == "roll" else (),
         written=node,

@@ -17,6 +17,7 @@ from mikv_compile.passes.node_utils import (
     output_positions,
     rank,
     same_kind,
+    same_shape,
     shape_of,
     value_of,
     writes_in_place,
@@ -52,11 +53,18 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
             return None
         return _update(node, write, root)
     except _NotSupported as reason:
-        return Declined(node.name, "find cache updates", str(reason))
+        return Declined(node.name, "find cache updates", str(reason)) if _writes_into_a_cache(node) else None
 
 
 class _NotSupported(Exception):
     """Why a write into a cached tensor cannot be taken over."""
+
+
+def _writes_into_a_cache(node: Node) -> bool:
+    """Whether it is a cached tensor that `node` writes into, directly or through a slice; only that is reported."""
+    target = argument(node, 0, "input", node.kwargs.get("self"))
+    sliced = view_input(target) if operation(node) == "copy" else None
+    return _root(target) is not None or (sliced is not None and _root(sliced) is not None)
 
 
 def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
@@ -76,7 +84,7 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
     if in_place_writers(root) != ([node] if in_place else []):
         raise _NotSupported("this graph writes more than once into the cache")
     if in_place:
-        sources = tuple(sorted(n for n in aliases(root) if is_alias_of(n, root) and not _precedes(n, node, root)))
+        sources = tuple(sorted(member for member in aliases(root) if is_alias_of(member, root)))
         value = node if fake(node) is not None else root
     else:
         sources, value = (), node
@@ -102,11 +110,6 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
         capacity=shape[token_dim],
         nodes=tuple(sorted({node, *write.nodes})),
     )
-
-
-def _precedes(member: Node, write: Node, root: Node) -> bool:
-    """Whether an alias of the cache is a copy that was made before the write and so does not see it."""
-    return member is not root and not is_alias(member) and member < write
 
 
 def is_alias_of(node: Node, root: Node) -> bool:
@@ -158,6 +161,8 @@ def _indexed(node: Node, target: Node) -> _Write | None:
     index = argument(node, 1, "indices")
     if not isinstance(new, Node) or rank(new) != rank(target) or argument(node, 3, "accumulate", False) is not False:
         return None
+    if operation(node) == "index_put" and isinstance(index, tuple | list):
+        index = tuple(slice(None) if item is None else item for item in index)  # None is a new axis in brackets only
     items = _spread(index, rank(target))
     shape = shape_of(target)
     if items is None or shape is None:
@@ -174,9 +179,8 @@ def _indexed(node: Node, target: Node) -> _Write | None:
 
 
 def _spread(index: Any, dims: int | None) -> list[Any] | None:
-    """An index for each dimension; None where that is not clear."""
+    """What is written of each dimension; None if the index adds dimensions or fits no tensor of `dims`."""
     items = list(index) if isinstance(index, tuple | list) else [index]
-    items = [slice(None) if item is None and not isinstance(index, tuple) else item for item in items]
     if any(item is None for item in items) or sum(item is Ellipsis for item in items) > 1 or dims is None:
         return None
     if Ellipsis not in items:
@@ -187,6 +191,7 @@ def _spread(index: Any, dims: int | None) -> list[Any] | None:
 
 
 def _is_whole(item: Any, size: Any) -> bool:
+    """Whether an index takes all of a dimension of `size`."""
     if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
         return False
     if item.stop is None:
@@ -195,7 +200,10 @@ def _is_whole(item: Any, size: Any) -> bool:
 
 
 def _start(target: Node, dim: int, start: Any, stop: Any, new: Node) -> Any:
-    """Where a slice assignment begins, once it is sure that it is as long as the new tokens."""
+    """Where the slice `[start:stop]` of `dim` begins, once it is sure that it is as long as the new tokens.
+
+    That also excludes steps, and slices that end behind the cache or count from its end.
+    """
     shape, new_shape = shape_of(target), shape_of(new)
     assert shape is not None and new_shape is not None
     begin = 0 if start is None else value_of(start)
@@ -210,7 +218,7 @@ def _start(target: Node, dim: int, start: Any, stop: Any, new: Node) -> Any:
 
 
 def _columns(index: Any, new: Any, dim: Any) -> Node:
-    """The node of the columns, once it is sure that there is one for each new token."""
+    """`index`, once it is sure that it holds one column for each new token along `dim`."""
     value = fake(index)
     if value is None or value.dtype not in (torch.int64, torch.int32) or value.dim() > 1:
         raise _NotSupported("the tokens are not written at a one-dimensional index of integers")
@@ -227,25 +235,38 @@ def _scattered(node: Node, target: Node) -> _Write | None:
     if not isinstance(new, Node) or not isinstance(index, Node) or "reduce" in node.kwargs:
         return None
     base = index
-    nodes = []
+    views: list[Node] = []
     while (source := view_input(base)) is not None and rank(base) != 1:
-        nodes.append(base)
+        views.insert(0, base)
         base = source
-    shape = shape_of(base)
-    if shape is None or len(shape) != 1 or not all(_keeps_dim(n, dim, shape[0]) for n in nodes):
+    dims = rank(target)
+    if rank(base) != 1 or dims is None or not isinstance(dim, int) or not _vary_only_along(base, views, dim % dims):
         raise _NotSupported("the tokens of different rows or heads are not surely written at the same columns")
+    if not same_shape(index, new):
+        raise _NotSupported("the index covers only a part of the new tokens' batch, heads or channels")
     return _Write(target, dim, _columns(base, new, dim), new, ())
 
 
-def _keeps_dim(node: Node, dim: int, size: Any) -> bool:
-    """Whether a view of the columns has them along `dim` if it has all dimensions; others are of size 1 or expanded."""
-    shape = shape_of(node)
-    if shape is None:
-        return False
-    if operation(node) in ("expand", "expand_as"):
-        return known_equal(shape[dim], size)
-    real = [i for i, s in enumerate(shape) if not known_equal(s, 1)]
-    return not real or (len(real) == 1 and known_equal(shape[real[0]], size) and real[0] - len(shape) == dim - 4)
+def _vary_only_along(columns: Node, views: list[Node], dim: int) -> bool:
+    """Whether what `views` make of one-dimensional columns differs along `dim` only.
+
+    Views that expand keep the columns where they are, counted from the right; all others have to show them as the one
+    dimension that is larger than 1.
+    """
+    size = shape_of(columns)[0]  # type: ignore[index]
+    place = -1  # the dimension of the columns, counted from the right
+    for view in views:
+        shape = shape_of(view)
+        if shape is None:
+            return False
+        if operation(view) not in ("expand", "expand_as", "broadcast_to"):
+            larger = [i - len(shape) for i, length in enumerate(shape) if not known_equal(length, 1)]
+            if len(larger) > 1:
+                return False
+            place = larger[0] if larger else place
+        if len(shape) < -place or not (known_equal(shape[place], size) or known_equal(size, 1)):
+            return False
+    return bool(views) and (known_equal(size, 1) or place == dim - len(shape_of(views[-1])))  # type: ignore[arg-type]
 
 
 def _copied(node: Node, target: Node) -> _Write | None:

@@ -361,3 +361,236 @@ def test_a_failing_recognizer_is_reported(monkeypatch):
     monkeypatch.setattr("mikv_compile.passes.attention.ATTENTION_RECOGNIZERS", (broken,))
     analysis = analyze(capture(lambda x: x + 1, torch.randn(2)))
     assert analysis.declined and all("boom" in d.reason for d in analysis.declined)
+
+
+# Sites that are read as dense tensors.
+
+
+def dense_site(text, fn, *inputs, **kwargs):
+    analysis = analyze(capture(fn, *inputs, **kwargs))
+    (site,) = analysis.sites
+    assert site.reads == () and text in site.dense, site.dense
+    assert (site.key.past.name, site.value.past.name) == ("l_pk_", "l_pv_")
+    return site
+
+
+def test_values_that_are_also_chunked_are_read_densely():
+    def step(q, k, v, pk, pv):
+        keys, values = grow(pk, k), grow(pv, v)
+        first, second = values.chunk(2, -1)
+        return sdpa(q, keys, values), first * second, keys, values
+
+    site = dense_site("`chunk`", step, query(heads=H), *step_inputs()[1:])
+    assert site.name == site.key.result.name
+
+
+def test_latent_caches_are_read_densely():
+    def step(q, c, r, pk, pv, up):
+        latent, rope = grow(pk, c), grow(pv, r)
+        keys = torch.cat([latent @ up, rope.expand(-1, H, -1, -1)], -1)
+        return sdpa(q, keys, latent @ up), latent, rope
+
+    inputs = (torch.randn(B, 1, 1, 6), torch.randn(B, 1, 1, D), torch.randn(B, 1, 5, 6), torch.randn(B, 1, 5, D))
+    site = dense_site(
+        "not read from a cache", step, query(heads=H)[..., :1].expand(-1, -1, -1, 10), *inputs, torch.randn(H, 6, 6)
+    )
+    assert site.key.new.meta["example_value"].shape[-1] == 6
+
+
+def test_buffers_filled_by_latent_caches_are_read_densely():
+    def step(q, c, r, pk, pv):
+        latent, rope = grow(pk, c), grow(pv, r)
+        keys = torch.empty(B, H, 6, 2 * D)
+        keys[..., :D] = latent
+        keys[..., D:] = rope
+        return torch.softmax(q @ keys.mT, -1), latent, rope
+
+    dense_site("", step, torch.randn(B, H, 1, 2 * D), *step_inputs()[1:])
+
+
+def test_caches_read_before_they_are_written_are_read_densely():
+    def step(q, k, v, pk, pv, i):
+        out = sdpa(q, pk, pv)
+        pk.index_copy_(2, i, k + 1)
+        pv.index_copy_(2, i, v + 1)
+        return out
+
+    dense_site("before the new tokens are written", step, query(heads=H), *step_inputs()[1:], torch.tensor([3]))
+
+
+def other_cat(p, x, dim=1):
+    return torch.cat([p, x * 2], dim)
+
+
+def test_skip_connections_are_not_caches():
+    def unet(q, image, other, skip, more):
+        attended = sdpa(q, q + 1, q + 2)
+        return attended, other_cat(skip, image), other_cat(more, other)
+
+    images = [torch.randn(B, 4, 8, 8) for _ in range(4)]
+    analysis = analyze(capture(unet, query(3), *images))
+    assert analysis.sites == () and len(analysis.updates) == 2
+    assert all("no attention" in d.reason for d in analysis.declined if d.site.startswith("cat"))
+
+
+def test_convolution_states_are_not_caches():
+    def step(q, x, y, state, other, weight):
+        one, two = other_cat(state, x, 3), other_cat(other, y, 3)
+        mixed = F.conv2d(one, weight) + F.conv2d(two, weight)
+        return torch.softmax(q * mixed.mean(), -1), one, two
+
+    states = [torch.randn(B, 4, 1, n) for n in (1, 1, 3, 3)]
+    assert analyze(capture(step, query(), *states, torch.randn(4, 4, 1, 2))).sites == ()
+
+
+def pair_of_caches(one, other):
+    """Sites of a graph in which two caches flow into a softmax by unsupported arithmetic."""
+
+    def step(a, b, pa, pb):
+        left, right = grow(pa, a), grow(pb, b)
+        return torch.softmax(left.sum((1, 2, 3)) + right.sum((1, 2, 3)), -1), left, right
+
+    (a, pa), (b, pb) = one, other
+    return analyze(capture(step, a, b, pa, pb)).sites
+
+
+def test_only_caches_that_grow_in_step_belong_together():
+    def both(tokens, length, heads=H, channels=D):
+        return torch.randn(B, heads, tokens, channels), torch.randn(B, heads, length, channels)
+
+    assert len(pair_of_caches(both(1, 5), both(1, 5))) == 1
+    assert len(pair_of_caches(both(1, 5), both(1, 5, channels=6))) == 1
+    assert pair_of_caches(both(1, 5), both(1, 6)) == ()
+    assert pair_of_caches(both(1, 5), both(2, 5)) == ()
+    assert pair_of_caches(both(1, 5), both(1, 5, heads=H + 1)) == ()
+    assert pair_of_caches(both(1, 5), both(1, 5, channels=1)) == (), "scales of one channel"
+
+
+def test_caches_without_a_softmax_need_other_evidence():
+    def step(k, v, pk, pv):
+        keys, values = grow(pk, k), grow(pv, v)
+        return keys @ values.mT, keys, values
+
+    gm = capture(step, *step_inputs()[1:])
+    assert analyze(gm).sites == ()
+    (site,) = analyze(gm, is_compressed=lambda node: True).sites
+    assert site.reads == () and "something else" in site.dense
+    assert analyze(gm, is_compressed=lambda node: node.name == "l_pk_").sites == (), "one handle is not enough"
+
+
+# Preallocated caches and windows.
+
+CAPACITY = 8
+
+
+def written(p, x, at=3):
+    p[:, :, at : at + x.shape[2]] = x + 1
+    return p
+
+
+def preallocated(read, at=3):
+    def step(q, k, v, pk, pv, *mask):
+        return read(q, written(pk, k, at), written(pv, v, at), *mask)
+
+    return step
+
+
+def preallocated_inputs(tokens=1):
+    return query(tokens), new(tokens), new(tokens), past(CAPACITY), past(CAPACITY)
+
+
+def gqa(q, k, v, mask=None, **kwargs):
+    return sdpa(q, k, v, attn_mask=mask, enable_gqa=True, **kwargs)
+
+
+def test_a_preallocated_cache_with_a_mask():
+    site = one_site(preallocated(gqa), *preallocated_inputs(), torch.zeros(1, 1, 1, CAPACITY))
+    (read,) = site.reads
+    assert read.whole and site.key.position == 3 and site.key.capacity == CAPACITY and not site.starts_empty
+
+
+def test_several_reads_of_a_preallocated_cache():
+    step = preallocated(lambda q, k, v, mask: gqa(q, k, v, mask) + gqa(q * 2, k, v, mask))
+    site = one_site(step, *preallocated_inputs(), torch.zeros(1, 1, 1, CAPACITY))
+    assert len(site.reads) == 2
+
+
+def test_unwritten_columns_without_a_mask_are_read_densely():
+    dense_site("not written yet", preallocated(gqa), *preallocated_inputs())
+
+
+def test_a_slice_that_ends_with_the_new_tokens():
+    site = one_site(preallocated(lambda q, k, v: gqa(q, k[:, :, :5], v[:, :, :5])), *preallocated_inputs(2))
+    assert not site.reads[0].whole
+    site = one_site(preallocated(lambda q, k, v: gqa(q, k.narrow(2, 0, 4), v.narrow(2, 0, 4))), *preallocated_inputs())
+    assert not site.reads[0].whole
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_a_slice_that_ends_elsewhere_is_read_densely(stop):
+    step = preallocated(lambda q, k, v: gqa(q, k[:, :, :stop], v[:, :, :stop]))
+    dense_site("does not end with the new tokens", step, *preallocated_inputs())
+
+
+def test_a_slice_behind_unknown_columns_is_read_densely():
+    def step(q, k, v, pk, pv, i):
+        keys, values = pk.index_copy_(2, i, k + 1), pv.index_copy_(2, i, v + 1)
+        return gqa(q, keys[:, :, :4], values[:, :, :4])
+
+    dense_site("does not tell where", step, *preallocated_inputs(), torch.tensor([3]))
+
+
+def test_keys_and_values_sliced_differently_are_read_densely():
+    def read(q, k, v):
+        return torch.softmax((q[:, :H] @ k.mT)[..., :4], -1) @ v[:, :, :4]
+
+    dense_site("", preallocated(read), *preallocated_inputs())
+
+
+def test_causal_at_the_start_of_a_preallocated_cache():
+    step = preallocated(lambda q, k, v: gqa(q, k[:, :, :3], v[:, :, :3], is_causal=True), at=0)
+    site = one_site(step, *preallocated_inputs(3))
+    assert site.starts_empty and not site.born and site.reads[0].attention.is_causal
+
+
+def test_causal_behind_the_start_is_read_densely():
+    step = preallocated(lambda q, k, v: gqa(q, k[:, :, :5], v[:, :, :5], is_causal=True), at=2)
+    dense_site("top left", step, *preallocated_inputs(3))
+
+
+def test_causal_over_the_whole_cache_is_read_densely():
+    step = preallocated(lambda q, k, v: gqa(q, k, v, is_causal=True), at=0)
+    dense_site("", step, *preallocated_inputs(3))
+
+
+def test_two_masks_with_a_finite_fill_are_read_densely():
+    def read(q, k, v, mask):
+        scores = q[:, :H] @ k.mT + mask
+        return torch.softmax(scores.masked_fill(mask > 1, -1e9), -1) @ v
+
+    dense_site("two masks", preallocated(read), *preallocated_inputs(), torch.zeros(1, 1, 1, CAPACITY))
+
+
+def test_sliding_windows():
+    def step(q, k, v, pk, pv):
+        keys, values = grow(pk, k), grow(pv, v)
+        return gqa(q, keys, values), keys[:, :, -5:], values[:, :, -5:]
+
+    site = one_site(step, *step_inputs())
+    assert (site.key.keep, site.value.keep, site.key.tail) == (5, 5, False)
+
+
+def test_windows_of_different_sizes_do_not_pair():
+    def step(q, k, v, pk, pv):
+        keys, values = grow(pk, k), grow(pv, v)
+        return gqa(q, keys, values), keys[:, :, -5:], values[:, :, -4:]
+
+    assert analyze(capture(step, *step_inputs())).sites == ()
+
+
+def test_attention_that_reads_only_the_window_is_no_read_of_all():
+    def step(q, k, v, pk, pv):
+        keys, values = grow(pk, k)[:, :, -5:], grow(pv, v)[:, :, -5:]
+        return gqa(q, keys, values), keys, values
+
+    assert not any(site.reads for site in analyze(capture(step, *step_inputs())).sites)

@@ -1,9 +1,15 @@
+from operator import getitem
+
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from pass_graphs import GROUPS, HQ, H, capture, capture_calls, new, past, query, step_inputs
+from torch.fx import Node
 
-from mikv_compile.passes import analyze, rewrite
+from mikv_compile.passes import analyze, canonical, rewrite
+
+ALL = slice(None)
 
 
 class DenseLowering:
@@ -25,7 +31,8 @@ class DenseLowering:
 
     def emit_attend(self, graph, site, operands, new, buffers):
         def full(name, new_tokens):
-            joined = graph.call_function(torch.cat, ([buffers[name], new_tokens], 2))
+            update = {"keys": site.key, "values": site.value}[name]
+            joined = joined_by_hand(graph, update, buffers[name], new_tokens, site.reads[0].whole)
             return graph.call_function(torch.repeat_interleave, (joined, operands.groups), {"dim": 1})
 
         output = graph.call_function(
@@ -40,10 +47,26 @@ class DenseLowering:
 
     def emit_read(self, graph, site, columns, buffers):
         self.read.append((site.name, columns))
-        return buffers["keys"], buffers["values"]
+        copies = (graph.call_method("clone", (buffers[name],)) for name in ("keys", "values"))  # written in place
+        return tuple(canonical.new_tokens(graph, copy, site.key.layout) for copy in copies)
 
     def emit_append(self, graph, site, new, buffers):
         self.appended.append(site.name)
+
+
+def joined_by_hand(graph, update, past, new, whole):
+    """The tokens that attention sees, `[B, H, T, D]`, by the meaning of the record."""
+    past = canonical.new_tokens(graph, past, update.layout)
+    if not update.tail:
+        if update.first or update.position is not None:
+            past = graph.call_function(getitem, (past, (ALL, ALL, slice(update.first, update.position))))
+        return graph.call_function(torch.cat, ([past, new], 2))
+    if isinstance(update.position, Node):
+        (columns,) = [node for node in graph.nodes if node.name == update.position.name]
+        return graph.call_function(torch.index_copy, (past, 2, columns, new))
+    end = update.position + update.new.meta["example_value"].shape[update.token_dim]
+    joined = graph.call_function(torch.slice_scatter, (past, new, 2, update.position, end))
+    return joined if whole else graph.call_function(getitem, (joined, (ALL, ALL, slice(None, end))))
 
 
 def rewritten(gm, lowering=None):
@@ -58,7 +81,8 @@ def rewritten(gm, lowering=None):
 def run_both(gm, result, inputs):
     """Outputs of the original and of the rewritten graph on the same graph inputs."""
     with torch.no_grad():
-        expected = gm(*inputs)
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]  # caches are written in place
+        expected = gm(*copies)
         extra = [inputs[i] for site in result.sites for i in (site.key_input, site.value_input) if i is not None]
         actual = result.gm(*[inputs[i] for i in result.kept_inputs], *extra)
     return expected, actual
@@ -305,3 +329,193 @@ scaled_dot_product_attention_1 = scaled_dot_product_attention(l_q_, repeat_inter
 mul = mul(scaled_dot_product_attention_1, 5)
 output = output((mul, None, None),)""",
     )
+
+
+def step_by_hand(fn, lowering=None, symbolic=None, **tensors):
+    """Rewrite `fn(**tensors)` with one site, and compare it with the original."""
+    gm = capture(fn, *tensors.values())
+    result = rewritten(gm, lowering)
+    assert result.declined == () and len(result.sites) == 1
+    check(gm, result, graph_inputs(gm, named(**tensors)))
+    return result
+
+
+def gqa(q, k, v, mask=None):
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+CAPACITY = 7
+
+
+def fixed(**more):
+    """Inputs of a step with preallocated caches."""
+    mask = torch.where(torch.arange(CAPACITY) > 4, -torch.inf, torch.randn(CAPACITY)).view(1, 1, 1, -1)
+    return {"q": query(2), "k": new(2), "v": new(2), "pk": past(CAPACITY), "pv": past(CAPACITY), "mask": mask, **more}
+
+
+def by_slice(p, x, i):
+    p[:, :, 3:5] = x + 1
+    return p
+
+
+def by_index(p, x, i):
+    p[:, :, i] = x + 1
+    return p
+
+
+def by_narrow(p, x, i):
+    p.narrow(2, 3, 2).copy_(x + 1)
+    return p
+
+
+def by_scatter(p, x, i):
+    return p.scatter_(2, i.view(1, 1, -1, 1).expand_as(x), x + 1)
+
+
+WRITES = {
+    "slice": by_slice,
+    "index": by_index,
+    "narrow": by_narrow,
+    "scatter": by_scatter,
+    "index_copy_": lambda p, x, i: p.index_copy_(2, i, x + 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_preallocated_step_equals_the_original(write):
+    def step(q, k, v, pk, pv, mask, i):
+        keys, values = write(pk, k, i), write(pv, v, i)
+        return gqa(q, keys, values, mask) + 1
+
+    lowering = DenseLowering()
+    result = step_by_hand(step, lowering, **fixed(i=torch.tensor([3, 4])))
+    assert len(lowering.updated) == 1 and result.sites[0].site.key.tail
+    assert not any(node.op != "placeholder" and node.name in ("l_pk_", "l_pv_") for node in result.gm.graph.nodes)
+
+
+def test_preallocated_copies_equal_the_original():
+    def step(q, k, v, pk, pv, mask, i):
+        keys, values = pk.index_copy(2, i, k + 1), pv.index_copy(2, i, v + 1)
+        return gqa(q, keys, values, mask) + 1, keys, values
+
+    result = step_by_hand(step, **fixed(i=torch.tensor([3, 4])))
+    assert result.sites[0].key_outputs and result.sites[0].value_outputs
+
+
+def test_a_prefix_of_a_preallocated_cache_equals_the_original():
+    def step(q, k, v, pk, pv):
+        keys, values = by_slice(pk, k, None), by_slice(pv, v, None)
+        return gqa(q, keys[:, :, :5], values[:, :, :5])
+
+    inputs = fixed()
+    del inputs["mask"]
+    result = step_by_hand(step, **inputs)
+    assert not result.sites[0].site.reads[0].whole
+
+
+def test_tokens_first_in_a_preallocated_cache():
+    def step(q, k, v, pk, pv, mask, i):
+        pk.index_copy_(1, i, k + 1)
+        pv.index_copy_(1, i, v + 1)
+        return gqa(q, pk.transpose(1, 2), pv.transpose(1, 2), mask)
+
+    inputs = fixed(i=torch.tensor([4, 3]))
+    inputs.update({name: inputs[name].transpose(1, 2).contiguous() for name in ("k", "v", "pk", "pv")})
+    assert step_by_hand(step, **inputs).sites[0].site.key.layout == "BTHD"
+
+
+def test_rolled_windows_equal_the_original():
+    def roll(p, x):
+        moved = p.roll(-1, 2)
+        moved[:, :, [-1]] = x + 1
+        p.copy_(moved)
+        return p
+
+    def step(q, k, v, pk, pv, mask):
+        return gqa(q, roll(pk, k), roll(pv, v), mask)
+
+    result = step_by_hand(step, **fixed(q=query(), k=new(), v=new()))
+    assert result.sites[0].site.key.kind == "roll"
+    assert not any(node.target in ("roll", "copy_") for node in result.gm.graph.nodes)
+
+
+def test_sliding_windows_equal_the_original():
+    def step(q, k, v, pk, pv):
+        keys, values = torch.cat([pk, k + 1], 2), torch.cat([pv, v + 1], 2)
+        return gqa(q, keys, values), keys[:, :, -5:], values[:, :, -5:]
+
+    q, k, v, pk, pv = step_inputs(2)
+    assert step_by_hand(step, q=q, k=k, v=v, pk=pk, pv=pv).sites[0].site.key.keep == 5
+
+
+def test_a_prompt_at_the_start_of_a_preallocated_cache():
+    def step(q, k, v, pk, pv):
+        pk[:, :, :2] = k + 1
+        pv[:, :, :2] = v + 1
+        return F.scaled_dot_product_attention(q, pk[:, :, :2], pv[:, :, :2], is_causal=True, enable_gqa=True)
+
+    inputs = fixed()
+    del inputs["mask"]
+    lowering = DenseLowering()
+    result = step_by_hand(step, lowering, **inputs)
+    assert result.sites[0].fills and len(lowering.born) == 1
+
+
+def test_a_prompt_that_replaces_the_window():
+    def step(q, k, v, pk, pv, mask):
+        keys, values = k + 1, v + 1
+        pk.copy_(keys[:, :, -CAPACITY:])
+        pv.copy_(values[:, :, -CAPACITY:])
+        return gqa(q, keys, values, mask)
+
+    long = CAPACITY + 2
+    inputs = fixed(q=query(long), k=new(long), v=new(long), mask=torch.ones(long, long).tril().bool())
+    result = step_by_hand(step, **inputs)
+    assert result.sites[0].fills and result.sites[0].site.key.kind == "replace"
+
+
+DENSE_READS = {
+    "chunked": lambda q, k, v, mask: (gqa(q, k, v, mask), v.chunk(2, -1)[0] * 2),
+    "arithmetic": lambda q, k, v, mask: gqa(q, k * 2, v, mask),
+    "slice": lambda q, k, v, mask: gqa(q, k[:, :, 1:], v[:, :, 1:]),
+}
+
+
+@pytest.mark.parametrize("read", DENSE_READS.values(), ids=DENSE_READS)
+@pytest.mark.parametrize("write", [*WRITES, "cat"])
+def test_dense_reads_equal_the_original(read, write):
+    def step(q, k, v, pk, pv, mask, i):
+        if write == "cat":
+            keys, values = torch.cat([pk, k + 1], 2), torch.cat([pv, v + 1], 2)
+            return read(q, keys, values, None), keys, values
+        keys, values = WRITES[write](pk, k, i), WRITES[write](pv, v, i)
+        return read(q, keys, values, mask)
+
+    lowering = DenseLowering()
+    result = step_by_hand(step, lowering, **fixed(i=torch.tensor([3, 4])))
+    (site,) = result.sites
+    assert site.site.reads == () and lowering.read == [(site.site.name, CAPACITY)]
+    assert lowering.appended == [site.site.name] and lowering.updated == []
+
+
+def test_dense_reads_before_the_write_equal_the_original():
+    def step(q, k, v, pk, pv, mask, i):
+        out = gqa(q, pk, pv, mask)
+        pk.index_copy_(2, i, k + 1)
+        pv.index_copy_(2, i, v + 1)
+        return out + gqa(q, pk, pv, mask)
+
+    lowering = DenseLowering()
+    step_by_hand(step, lowering, **fixed(i=torch.tensor([3, 4])))
+    assert len(lowering.read) == len(lowering.appended) == 1
+
+
+def test_dense_reads_of_tokens_first_equal_the_original():
+    def step(q, k, v, pk, pv):
+        keys, values = torch.cat([pk, k + 1], 1), torch.cat([pv, v + 1], 1)
+        return gqa(q, keys.transpose(1, 2) * 2, values.transpose(1, 2)), keys, values
+
+    q, *rest = step_inputs(2)
+    names = ("k", "v", "pk", "pv")
+    inputs = {name: x.transpose(1, 2).contiguous() for name, x in zip(names, rest, strict=True)}
+    assert step_by_hand(step, q=q, **inputs).sites[0].site.key.layout == "BTHD"
