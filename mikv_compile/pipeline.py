@@ -58,7 +58,7 @@ def compile_graph(
     declined = [*analysis.declined, *declined, *rewritten.declined]
     _report(analysis, planned, declined, options)
 
-    written = _written_inputs(gm, handles)
+    written = _written_handles(gm, handles)
     asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
     inputs = _make_dense(rewritten, example_inputs)
     if options.lower == "eager":
@@ -88,7 +88,16 @@ def _select(
     return planned, declined + refused
 
 
-def _written_inputs(gm: GraphModule, handles: Mapping[Node, Any]) -> list[int]:
+def written_inputs(gm: GraphModule) -> list[int]:
+    """Positions of the inputs that a graph writes in place."""
+    return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if _writers(node)]
+
+
+def _writers(node: Node) -> list[Node]:
+    return [u for member in aliases(node) for u in member.users if writes_in_place(u) and u.args[0] is member]
+
+
+def _written_handles(gm: GraphModule, handles: Mapping[Node, Any]) -> list[int]:
     """Positions of the compressed caches that the graph as it was writes in place.
 
     Raises:
@@ -96,10 +105,7 @@ def _written_inputs(gm: GraphModule, handles: Mapping[Node, Any]) -> list[int]:
     """
     written: list[int] = []
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if node not in handles:
-            continue
-        family = aliases(node)
-        writers = [u for member in family for u in member.users if writes_in_place(u) and u.args[0] is member]
+        writers = _writers(node) if node in handles else []
         if not writers:
             continue
         if not isinstance(handles[node], PreallocatedKV) and not handles[node].is_preallocated:
