@@ -24,6 +24,7 @@ from mikv_compile.sizes import SizeReader
 
 _FROM_EXPORT = "range_constraints"
 _MAX_KNOWN = 4096
+_WRITES = ("index_copy", "index_put", "slice_scatter", "scatter", "copy")
 
 
 class CannotNormalize(Exception):
@@ -115,10 +116,12 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any] | None) -> NormalGr
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = [_example(node, i, example_inputs) for i, node in enumerate(placeholders)]
     static = not any(isinstance(s, torch.SymInt) for x in examples for s in _sizes(x))
-    grown = _grown(gm.graph, examples) if static and not hasattr(gm, _FROM_EXPORT) else set()
+    chosen = not hasattr(gm, _FROM_EXPORT)  # with export, users say which sizes are symbols
+    grown = _grown(gm.graph, examples) if chosen and static else set()
+    fixed = _fixed(gm.graph, examples) if chosen else set()
     for dynamic in (grown, set()):
         try:
-            return _normalized(gm, examples, dynamic)
+            return _normalized(gm, examples, dynamic, fixed)
         except CannotNormalize:
             raise
         except Exception as problem:
@@ -127,11 +130,14 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any] | None) -> NormalGr
     raise AssertionError
 
 
-def _normalized(gm: GraphModule, examples: Sequence[Any], grown: set[tuple[int, int]]) -> NormalGraph:
+def _normalized(
+    gm: GraphModule, examples: Sequence[Any], grown: set[tuple[int, int]], fixed: set[tuple[int, int]]
+) -> NormalGraph:
     new = _flat_copy(gm)
+    _write_in_place_again(new.graph)
     graph = new.graph
     mode = _compat.new_fake_mode()
-    inputs = _Inputs(mode, grown)
+    inputs = _Inputs(mode, grown, fixed)
     fakes = [inputs.make(i, example) for i, example in enumerate(examples)]
     with torch.no_grad():
         _Run(new, mode).run(*fakes)
@@ -195,11 +201,38 @@ def _grown(graph: Graph, examples: Sequence[Any]) -> set[tuple[int, int]]:
     return found
 
 
+def _fixed(graph: Graph, examples: Sequence[Any]) -> set[tuple[int, int]]:
+    """Dimensions of caches that must be constants: heads, channels, and the size of a preallocated cache.
+
+    ``make_fx(tracing_mode="symbolic")`` makes symbols of all sizes; other values of these run the graph as it was.
+    """
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    found: set[tuple[int, int]] = set()
+    for node in graph.nodes:
+        name = operation(node)
+        if name not in ("cat", *_WRITES) or not node.args:
+            continue
+        target = node.args[0]
+        if name == "cat":
+            target = target[0] if isinstance(target, list | tuple) and target else None
+        while isinstance(target, Node) and target not in inputs and target.op == "call_function" and target.args:
+            target = target.args[0]  # a slice of the cache
+        if not isinstance(target, Node) or target not in inputs:
+            continue
+        value = examples[inputs[target]]
+        if not isinstance(value, torch.Tensor) or value.dim() not in (3, 4):
+            continue
+        tokens = node.args[1] if name == "cat" and len(node.args) > 1 else None
+        kept = {0} | ({tokens % value.dim()} if isinstance(tokens, int) else set())
+        found |= {(inputs[target], dim) for dim in range(value.dim()) if dim not in kept}
+    return found
+
+
 class _Inputs:
     """Makes fake inputs whose symbolic sizes are related as those of the original ones."""
 
-    def __init__(self, mode: Any, grown: set[tuple[int, int]]) -> None:
-        self._mode, self._grown = mode, grown
+    def __init__(self, mode: Any, grown: set[tuple[int, int]], fixed: set[tuple[int, int]]) -> None:
+        self._mode, self._grown, self._fixed = mode, grown, fixed
         self._symbols: dict[Any, Any] = {}
         self.limits: list[tuple[int, int | None, int, int | None]] = []
         """(input, dimension, least, most) of sizes that the tracer was told limits of."""
@@ -219,6 +252,7 @@ class _Inputs:
         strides = [self._hint(stride) for stride in example.stride()]
         plain = torch.empty_strided(shape, strides, dtype=example.dtype, device="meta")
         dynamic = {i for i, s in enumerate(example.shape) if isinstance(s, torch.SymInt) or (index, i) in self._grown}
+        dynamic = {i for i in dynamic if (index, i) not in self._fixed}
         fake = _compat.sized_fake(self._mode, plain, dynamic, f"mikv_input_{index}", example.device)
         for dim, size in enumerate(example.shape):
             if isinstance(size, torch.SymInt):
@@ -283,6 +317,32 @@ def _flat_copy(gm: GraphModule) -> GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     new = GraphModule(gm, graph)
     return new
+
+
+def _write_in_place_again(graph: Graph) -> None:
+    """Undo functionalization: a write that makes a copy and is copied back to its input is that write in place."""
+    for back in list(graph.nodes):
+        if operation(back) != "copy" or len(back.args) < 2 or not str(back.target).startswith("aten.copy_."):
+            continue
+        cache, write = back.args[:2]
+        if operation(write) not in ("index_copy", "index_put", "slice_scatter") or write.args[0] is not cache:
+            continue
+        later = [user for user in cache.users if user > write and user is not back]
+        if cache.op not in ("placeholder", "get_attr") or later or write in output_values(graph):
+            continue
+        if operation(write) == "slice_scatter":
+            with graph.inserting_before(write):
+                part = graph.call_function(torch.ops.aten.slice.Tensor, (cache, *write.args[2:]))
+                graph.call_function(torch.ops.aten.copy_.default, (part, write.args[1]))
+            write.replace_all_uses_with(cache)
+            back.replace_all_uses_with(cache)
+            graph.erase_node(back)
+            graph.erase_node(write)
+            continue
+        in_place = getattr(torch.ops.aten, f"{operation(write)}_").default
+        write.target = in_place
+        back.replace_all_uses_with(write)
+        graph.erase_node(back)
 
 
 def _as_plain(value: Any) -> Any:
