@@ -240,7 +240,7 @@ def substituted(expression: Any, values: dict[Any, Any]) -> Any:
 
 def tree_unique_symbols(values: Any) -> list[torch.SymInt]:
     """One symbolic integer for each symbol that is a size of a tensor by itself; integers are left out."""
-    found: dict[Any, torch.SymInt] = {}
+    found: dict[Any, Any] = {}
     given = {symbol_of(value) for value in values if isinstance(value, torch.SymInt)}
     for value in values:
         for size in value.shape if isinstance(value, torch.Tensor) else ():
@@ -283,3 +283,11 @@ def same_structure(a: Any, b: Any) -> bool:
     if a.type not in kinds and a.context != b.context:
         return False
     return all(same_structure(a.child(i), b.child(i)) for i in range(a.num_children))
+
+
+def layout_of(node: Any) -> tuple[Any, ...] | None:
+    """Shape, dtype and device that a tracer noted for a node, as something that compares without guards."""
+    value = getattr(node, "meta", {}).get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return (*(symbol_of(size) or int(size) for size in value.shape), value.dtype, value.device)

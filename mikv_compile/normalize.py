@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from mikv_compile import _compat
-from mikv_compile.passes.node_utils import operation, output_values
+from mikv_compile.passes.node_utils import argument, operation, output_values
 from mikv_compile.passes.sizes import NotExpressible, SizeMaker, replace_by_value
 from mikv_compile.passes.views import in_place_writers
 from mikv_compile.sizes import SizeReader
@@ -186,7 +186,7 @@ def _grown(graph: Graph, examples: Sequence[Any]) -> set[tuple[int, int]]:
     for node in graph.nodes:
         if operation(node) != "cat" or not isinstance(node.args[0], list | tuple) or len(node.args[0]) != 2:
             continue
-        past, dim = node.args[0][0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        past, dim = node.args[0][0], argument(node, 1, "dim", 0)
         result = node.meta.get("val", node.meta.get("example_value"))
         if past not in inputs or not isinstance(dim, int) or not isinstance(examples[inputs[past]], torch.Tensor):
             continue
@@ -222,9 +222,16 @@ def _fixed(graph: Graph, examples: Sequence[Any]) -> set[tuple[int, int]]:
         value = examples[inputs[target]]
         if not isinstance(value, torch.Tensor) or value.dim() not in (3, 4):
             continue
-        tokens = node.args[1] if name == "cat" and len(node.args) > 1 else None
+        tokens = argument(node, 1, "dim", 0) if name == "cat" else None
         kept = {0} | ({tokens % value.dim()} if isinstance(tokens, int) else set())
         found |= {(inputs[target], dim) for dim in range(value.dim()) if dim not in kept}
+    constants = {_compat.symbol_of(examples[i].shape[dim]) for i, dim in found} - {None}
+    found |= {
+        (i, dim)
+        for i, value in enumerate(examples)
+        for dim, size in enumerate(_sizes(value))
+        if isinstance(value, torch.Tensor) and _compat.symbol_of(size) in constants
+    }
     return found
 
 
@@ -321,6 +328,14 @@ def _flat_copy(gm: GraphModule) -> GraphModule:
 
 def _write_in_place_again(graph: Graph) -> None:
     """Undo functionalization: a write that makes a copy and is copied back to its input is that write in place."""
+    for copy in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        place, source = (_compat.layout_of(node) for node in copy.args[:2])
+        if place is not None and place == source:
+            unused = copy.args[0]
+            copy.replace_all_uses_with(copy.args[1])
+            graph.erase_node(copy)
+            if isinstance(unused, Node) and operation(unused) == "slice" and not unused.users:
+                graph.erase_node(unused)
     for back in list(graph.nodes):
         if operation(back) != "copy" or len(back.args) < 2 or not str(back.target).startswith("aten.copy_."):
             continue

@@ -130,12 +130,14 @@ def _past(tokens: int) -> Past:
 
 
 def _export(model, *args, dynamic=True):
-    length = torch.export.Dim("length")
+    masked = len(args) > 2 and args[2] is not None
+    # For the strides of repeated heads, torch assumes more than a named dimension may promise.
+    length = torch.export.Dim.AUTO if masked else torch.export.Dim("length")
     shapes = None
     if dynamic:
         shapes = [None, tuple(({2: length}, {2: length}) for _ in range(LAYERS)), None, None][: len(args)]
-        if len(args) > 2 and args[2] is not None:
-            shapes[2] = {3: length + 1}
+        if masked:
+            shapes[2] = {3: length}
     with torch.no_grad():
         return torch.export.export(model.eval(), args, dynamic_shapes=None if shapes is None else tuple(shapes))
 
