@@ -411,11 +411,26 @@ class Guards:
     """What a normalized graph assumes of its inputs."""
 
     def __init__(self, fakes: Sequence[Any], shape_env: Any, limits: Sequence[tuple[int, int | None, int, int | None]]):
+        """Take over the assumptions.
+
+        Args:
+            fakes: values of the inputs, buffers included.
+            shape_env: where the fakes' symbols live.
+            limits: (input, dimension, least, most).
+
+        Raises:
+            CannotNormalize: if they depend on more than the inputs' sizes.
+        """
         self._fakes = list(fakes)
         self._limits = list(limits)
         self._expressions = _compat.guard_expressions(shape_env)
         self._least = _compat.least_sizes(shape_env)
         self._known: dict[tuple[Any, ...], str | None] = {}
+        sizes = [_compat.symbol_of(size) for fake in fakes for size in _sizes(fake)]
+        told = {symbol for symbol in sizes if symbol is not None and symbol.is_Symbol}
+        for expression in (*sizes, *self._expressions):
+            if expression is not None and not expression.free_symbols <= told:
+                raise CannotNormalize(f"the sizes of the inputs do not tell {expression}, which the graph depends on")
 
     def broken(self, args: Sequence[Any]) -> str | None:
         """Why the graph does not serve these inputs; None if it does."""

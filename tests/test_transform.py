@@ -402,6 +402,32 @@ def test_other_plan_gets_a_graph_of_its_own():
     assert [fmt.key.bits for fmt in past[0][0].plan.format.tiers] == [8]
 
 
+def test_batch_of_another_size():
+    """A batch of 2 is a symbol of make_fx; one of 1 is a constant, and runs the graph as it was."""
+    model = Step().eval()
+    x, past = _x().expand(2, 1, WIDTH), tuple((k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in _past(PAST))
+    step = mikv_compile.transform(_fx("symbolic")(model, x, past), options={"budget": 1.0})
+    assert [site.reads for site in _report().rewritten] == ["fused"] * LAYERS, str(_report())
+    for rows, kind in ((3, KVTensor), (1, torch.Tensor)):
+        given = tuple((k.repeat(rows, 1, 1, 1), v.repeat(rows, 1, 1, 1)) for k, v in _past(PAST))
+        with torch.no_grad():
+            got, present = step(_x().expand(rows, 1, WIDTH), given)
+            wanted, _ = model(_x().expand(rows, 1, WIDTH), given)
+        assert type(present[0][0]) is kind
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_handle_goes_to_a_graph_that_runs_as_it_was():
+    model = Step().eval()
+    step = mikv_compile.transform(_export(model, _x(), _past(PAST)), options={"budget": 1.0})
+    short = mikv_compile.transform(_fx("symbolic")(model, _x(70), _past(0)), options={"budget": 1.0})
+    with torch.no_grad():
+        _, past = step(_x(), _past(PAST))
+        y, _ = short(_x(70), past)  # traced for an empty past
+        wanted, _ = model(_x(70), model(_x(), _past(PAST))[1])
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_calls_that_record_gradients_stay_dense():
     model = Step().eval()
     step = mikv_compile.transform(_export(model, _x(), _past(PAST)))
