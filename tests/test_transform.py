@@ -403,9 +403,9 @@ def test_other_plan_gets_a_graph_of_its_own():
 
 
 def test_batch_of_another_size():
-    """A batch of 2 is a symbol of make_fx; one of 1 is a constant, and runs the graph as it was."""
+    """A batch of 5 is a symbol of make_fx (2 would be that of the KV heads); of 1, it runs the graph as it was."""
     model = Step().eval()
-    x, past = _x().expand(2, 1, WIDTH), tuple((k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in _past(PAST))
+    x, past = _x().expand(5, 1, WIDTH), tuple((k.repeat(5, 1, 1, 1), v.repeat(5, 1, 1, 1)) for k, v in _past(PAST))
     step = mikv_compile.transform(_fx("symbolic")(model, x, past), options={"budget": 1.0})
     assert [site.reads for site in _report().rewritten] == ["fused"] * LAYERS, str(_report())
     for rows, kind in ((3, KVTensor), (1, torch.Tensor)):
