@@ -22,11 +22,13 @@ _PUBLIC = {
     "cache_report": "report",
     "explain": "report",
     "graph_reports": "report",
+    "transform": "graph_transform",
 }
 
 if TYPE_CHECKING:
     from mikv_compile.config import PRESETS, Options
     from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
+    from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
     from mikv_compile.report import cache_report, explain, graph_reports
 
@@ -41,6 +43,7 @@ __all__ = [
     "cache_report",
     "explain",
     "graph_reports",
+    "transform",
 ]
 
 

@@ -182,3 +182,112 @@ must_run_eagerly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def untraced(function: Any, reason: str) -> Any:
     """The function, at which Dynamo breaks the graph, or says the reason with ``fullgraph=True``."""
     return torch.compiler.disable(function, reason=reason)
+
+
+def new_fake_mode() -> Any:
+    """A fake mode with symbolic sizes of its own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def sized_fake(
+    fake_mode: Any, tensor: torch.Tensor, dynamic: set[int], name: str, device: torch.device | None = None
+) -> torch.Tensor:
+    """A fake of a tensor on "meta", as if it were on ``device``; dimensions ``dynamic`` are fresh symbols."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    made = fake_mode.from_tensor(tensor, symbolic_context=context, source=buffer_source(name))
+    if device is None or device.type == "meta":
+        return made
+    with fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+        return FakeTensor(fake_mode, _meta_of(made), device)
+
+
+def _meta_of(fake: Any) -> torch.Tensor:
+    from torch._subclasses.fake_tensor import in_kernel_invocation_manager
+
+    with in_kernel_invocation_manager(fake.fake_mode):
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="meta")
+
+
+def hint_of(size: torch.SymInt) -> int | None:
+    """The size that a symbolic integer was traced with; None if it depends on data."""
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def limits_of(size: torch.SymInt) -> tuple[int, int | None]:
+    """Least and greatest value that the tracer was told of a symbol; (0, None) where it was told nothing."""
+    shape_env = size.node.shape_env
+    limits = getattr(shape_env, "var_to_range", {}).get(size.node.expr)
+    if limits is None:
+        return 0, None
+    least = int(limits.lower) if limits.lower.is_Integer and limits.lower > 2 else 0
+    return least, int(limits.upper) if limits.upper.is_Integer else None
+
+
+def substituted(expression: Any, values: dict[Any, Any]) -> Any:
+    """A sympy expression of sizes, computed with symbolic integers in the place of its symbols."""
+    import sympy
+
+    symbols = sorted(expression.free_symbols, key=str)
+    return sympy.lambdify(symbols, expression, modules="math")(*(values[s] for s in symbols))
+
+
+def tree_unique_symbols(values: Any) -> list[torch.SymInt]:
+    """One symbolic integer for each symbol that is a size of a tensor by itself; integers are left out."""
+    found: dict[Any, Any] = {}
+    given = {symbol_of(value) for value in values if isinstance(value, torch.SymInt)}
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            symbol = symbol_of(size)
+            if symbol is not None and symbol.is_Symbol and symbol not in given:
+                found.setdefault(symbol, size)
+    return list(found.values())
+
+
+def guard_expressions(shape_env: Any) -> list[Any]:
+    """What a shape environment assumes beyond the sizes that it shows, as sympy conditions."""
+    found = [shape_env.replace(guard.expr) for guard in shape_env.guards]
+    return [expression for expression in dict.fromkeys(found) if expression not in (True, False)]
+
+
+def least_sizes(shape_env: Any) -> dict[Any, int]:
+    """The least value of each symbol; sizes 0 and 1 are traced as constants."""
+    ranges = shape_env.var_to_range
+    return {symbol: int(limits.lower) for symbol, limits in ranges.items() if limits.lower.is_Integer}
+
+
+def input_spec(graph: torch.fx.Graph) -> Any:
+    """The pytree of a graph's inputs, or None if it takes its placeholders one by one."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else info.in_spec
+
+
+def takes_keywords(spec: Any) -> bool:
+    """Whether a pytree of inputs is ``((arguments), {keywords})``, as export has it."""
+    return spec.type is tuple and spec.num_children == 2 and spec.child(0).type is tuple and spec.child(1).type is dict
+
+
+def same_structure(a: Any, b: Any) -> bool:
+    """Whether two pytrees are alike apart from lists in the place of tuples."""
+    if a.is_leaf() or b.is_leaf():
+        return bool(a.is_leaf() and b.is_leaf())
+    kinds = {list, tuple}
+    if a.num_children != b.num_children or not (a.type is b.type or {a.type, b.type} <= kinds):
+        return False
+    if a.type not in kinds and a.context != b.context:
+        return False
+    return all(same_structure(a.child(i), b.child(i)) for i in range(a.num_children))
+
+
+def layout_of(node: Any) -> tuple[Any, ...] | None:
+    """Shape, dtype and device that a tracer noted for a node, as something that compares without guards."""
+    value = getattr(node, "meta", {}).get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return (*(symbol_of(size) or int(size) for size in value.shape), value.dtype, value.device)

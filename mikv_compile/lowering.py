@@ -206,7 +206,7 @@ class Lowering:
             # Not the scores buffer itself: one op must not read and write one storage through two arguments.
             scores = graph.call_method("new_empty", (k, (0,)), {"dtype": torch.float32})
         elif first is None or keep is not None:
-            args = (k, k, v, None, 1.0, False, 0.0, None, "recent")
+            args: tuple[Any, ...] = (k, k, v, None, 1.0, False, 0.0, None, "recent")
             scores = graph.call_function(ops.importance_v2.default, args)
         else:
             args = (

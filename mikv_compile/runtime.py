@@ -107,6 +107,11 @@ class CompressedGraph:
         self._sites = sites
         self._warned = False
 
+    @property
+    def sites(self) -> list[SiteCall]:
+        """The rewritten sites."""
+        return self._sites
+
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run the graph on Dynamo's arguments; the caller's handles stay as they were until it has succeeded."""
         try:

@@ -167,7 +167,8 @@ class _Pairing:
         todo, seen = list(update.all_sources), set(update.all_sources)
         while todo:
             node = todo.pop(0)
-            if is_op(node, *SDPA_TARGETS) or operation(node) in SOFTMAX:
+            name = operation(node) or ""
+            if is_op(node, *SDPA_TARGETS) or name in SOFTMAX or name.startswith("_scaled_dot_product_"):
                 return node
             following = list(node.users)
             if writes_in_place(node) and node.all_input_nodes:

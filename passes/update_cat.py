@@ -161,7 +161,8 @@ def feeds_attention(node: Node) -> bool:
     todo = [node]
     while todo:
         for user in todo.pop().users:
-            if operation(user) in ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"):
+            name = operation(user) or ""
+            if "scaled_dot_product_" in name or name in ("matmul", "bmm", "baddbmm", "einsum"):
                 return True
             if user not in seen and view_input(user) is not None:
                 seen.add(user)
