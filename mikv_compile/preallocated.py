@@ -2,8 +2,10 @@
 
 Two classes stand for such a tensor: :class:`PreallocatedKV`, into which :func:`take_over` turns a dense tensor in
 place, and :class:`~mikv_compile.handle.KVTensor` with a ``capacity``, for caches that are born in a graph. Both follow
-their store: columns 0, 1, ... show the tokens of :func:`followed_range`, and zeros lie behind them. Eager code sees
-what a dense tensor would hold: reads dequantize (counted in ``store.fallbacks``), writes go to the store.
+their store: columns 0, 1, ... show the tokens of :func:`followed_range`, and zeros lie behind them. The former may have
+more rows than its store, as a model that allocates for its largest batch fills the first ones only; zeros are in the
+others, and the store gets more rows once eager code writes something else there. Eager code sees what a dense tensor
+would hold: reads dequantize (counted in ``store.fallbacks``), writes go to the store.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def padded(handle: Follower) -> torch.Tensor:
         dense = torch.zeros(handle.shape, dtype=handle.store.site.dtype, device=handle.store.device)
         if stop > start:
             tokens = handle.store.dequantize(handle.role, start, stop)
-            from_layout(dense, handle.kv_layout)[:, :, : stop - start] = tokens
+            from_layout(dense, handle.kv_layout)[: tokens.shape[0], :, : stop - start] = tokens
     return dense
 
 
@@ -69,6 +71,7 @@ def padded(handle: Follower) -> torch.Tensor:
 
 def write_columns(handle: Follower, column: int, tokens: torch.Tensor) -> None:
     """Replace the columns from ``column`` on by tokens [B, H, T, D]; columns behind those stay as they are."""
+    tokens = _in_rows(handle, tokens)
     start, stop = handle.range
     behind = start + column + tokens.shape[2]
     handle.store.for_writing(start + column)  # where that is a copy, the handle has moved on to it
@@ -76,6 +79,16 @@ def write_columns(handle: Follower, column: int, tokens: torch.Tensor) -> None:
         handle.store.count_fallback("write in the middle")
         tokens = torch.cat([tokens, handle.store.dequantize(handle.role, behind, stop)], 2)
     handle.store.stage(handle.role, start + column, tokens)
+
+
+def _in_rows(handle: Follower, tokens: torch.Tensor) -> torch.Tensor:
+    """``tokens`` for the store's rows alone; those beyond hold zeros, or the store gets more rows first."""
+    rows = handle.store.site.batch
+    beyond = tokens[rows:].flatten(1).ne(0).any(1).nonzero()
+    if beyond.numel():
+        rows += int(beyond[-1]) + 1
+        handle.store.widened(rows)  # the handle moves on to it
+    return tokens[:rows]
 
 
 def absorb(handle: Follower, dense: torch.Tensor) -> None:
@@ -391,18 +404,21 @@ def _set_attribute(tensor: Any, attribute: str, value: Any) -> None:
         raise _refused(f"setting {attribute}", "this attribute is fixed")
 
 
-def _batch_copy(handle: PreallocatedKV, key: object, make: Callable[[], LayerStore]) -> PreallocatedKV:
-    return make_preallocated(
-        handle.store.derive(key, handle.role, make), handle.role, handle.kv_layout, handle.capacity
-    )
+def _batch_copy(
+    handle: PreallocatedKV, key: object, make: Callable[[], LayerStore], rows: int | None = None
+) -> PreallocatedKV:
+    store = handle.store.derive(key, handle.role, make)
+    return make_preallocated(store, handle.role, handle.kv_layout, handle.capacity, rows)
 
 
 def _is_batch(handle: PreallocatedKV, dim: Any) -> bool:
-    return isinstance(dim, int) and dim % len(handle.shape) == handle.kv_layout.index("B")
+    """Whether ``dim`` is that of the batch, all of whose rows the store has."""
+    batch = handle.kv_layout.index("B")
+    return isinstance(dim, int) and dim % len(handle.shape) == batch and handle.rows == handle.store.site.batch
 
 
 def _clone(handle: PreallocatedKV, **_: Any) -> PreallocatedKV:
-    return _batch_copy(handle, "clone", handle.store.copy)
+    return _batch_copy(handle, "clone", handle.store.copy, handle.rows)
 
 
 def _index_select(handle: PreallocatedKV, dim: int, index: torch.Tensor) -> PreallocatedKV | None:
@@ -448,7 +464,7 @@ def _to(handle: PreallocatedKV, *args: Any, copy: bool = False, **kwargs: Any) -
     def make() -> LayerStore:
         return store.map(lambda b: b.to(target, copy=True), store.site.batch, target)
 
-    return _batch_copy(handle, ("to", target), make)
+    return _batch_copy(handle, ("to", target), make, handle.rows)
 
 
 _COPIES: dict[str, Callable[..., torch.Tensor | None]] = {
@@ -510,12 +526,17 @@ class PreallocatedKV(torch.Tensor):
         return self.shape[self.kv_layout.index("T")]
 
     @property
+    def rows(self) -> int:
+        """Size of the batch dimension; the store may have fewer rows."""
+        return self.shape[self.kv_layout.index("B")]
+
+    @property
     def range(self) -> tuple[int, int]:
         """Absolute positions (start, stop) of the tokens that it shows, from column 0 on."""
         return followed_range(self.store, self.role, self.capacity)
 
     def dequantize(self) -> torch.Tensor:  # type: ignore[override]
-        """The dense tensor, with zeros behind the last token.
+        """The dense tensor, with zeros behind the last token and the last row of the store.
 
         Raises:
             EvictedTokensError: if the plan has evicted tokens.
@@ -531,12 +552,12 @@ class PreallocatedKV(torch.Tensor):
         if id(store) not in memo:
             memo[id(store)] = store.copy()
             memo[id(memo[id(store)])] = memo[id(store)]
-        made = make_preallocated(memo[id(store)], self.role, self.kv_layout, self.capacity)
+        made = make_preallocated(memo[id(store)], self.role, self.kv_layout, self.capacity, self.rows)
         memo[id(self)] = made
         return made
 
     def __copy__(self) -> PreallocatedKV:
-        return make_preallocated(self.store, self.role, self.kv_layout, self.capacity)
+        return make_preallocated(self.store, self.role, self.kv_layout, self.capacity, self.rows)
 
 
 @cache
@@ -576,7 +597,8 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
     for its class, and fake tensors made of it behave as before.
 
     Args:
-        tensor: in ``layout``; an earlier handle moves to ``store``.
+        tensor: in ``layout``; an earlier handle moves to ``store``. It may have more rows than the store, which are
+            zeros from then on.
         store: what it shows from now on.
 
     Raises:
@@ -584,7 +606,10 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
     """
     if not isinstance(tensor, PreallocatedKV) and type(tensor) is not torch.Tensor:
         raise MikvError(f"only plain tensors can be taken over, not {type(tensor).__name__}")
-    wanted = shape_in(store, role, layout, tensor.shape[layout.index("T")]) if tensor.dim() == len(layout) else None
+    wanted = None
+    if tensor.dim() == len(layout):
+        rows = max(store.site.batch, tensor.shape[layout.index("B")])
+        wanted = shape_in(store, role, layout, tensor.shape[layout.index("T")], rows)
     if wanted != tuple(tensor.shape) or (tensor.dtype, tensor.device) != (store.site.dtype, store.device):
         raise MikvError(
             f"a cache tensor {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} in layout {layout} does not "
@@ -604,8 +629,10 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
     return tensor
 
 
-def make_preallocated(store: LayerStore, role: Role, layout: str, capacity: int) -> PreallocatedKV:
-    """A new handle of a preallocated cache."""
+def make_preallocated(
+    store: LayerStore, role: Role, layout: str, capacity: int, rows: int | None = None
+) -> PreallocatedKV:
+    """A new handle of a preallocated cache; ``rows`` if it has more of them than the store."""
     with torch.inference_mode(False):
-        shape = shape_in(store, role, layout, capacity)
+        shape = shape_in(store, role, layout, capacity, rows)
         return take_over(torch.empty(shape, dtype=store.site.dtype, device=store.device), store, role, layout)

@@ -140,6 +140,7 @@ class CompressedGraph:
         past = site.pasts(args)
         if site.rewritten.site.key.kind == "read":
             return _only_read(site, *past)
+        _check_rows(site, *past, args)
         if site.rewritten.fills:
             if site.position is not None and site.position(args, new) != 0:
                 raise CannotServe("a cache that is allocated in this call is not filled from its start")
@@ -212,9 +213,23 @@ def _emptied(site: SiteCall, key: Any, value: Any, args: Sequence[Any]) -> Layer
     if not (isinstance(key, Handle) and isinstance(value, Handle)):
         return LayerStore(site.plan, site.shape(args), site.device)
     store = _joined(key, value)
-    store = store.for_writing(key.range[0])
-    store.clear()
-    return store
+    return store.for_writing(key.range[0]).emptied(site.shape(args))
+
+
+def _check_rows(site: SiteCall, key: Any, value: Any, args: Sequence[Any]) -> None:
+    """Where a cache has more rows than the call writes, the store will not have them: they must hold nothing.
+
+    Two handles that were taken over may have anything there if the call begins anew; see :func:`_continued`.
+    """
+    rows, dim = site.batch(args), site.layout.index("B")
+    both = isinstance(key, PreallocatedKV) and isinstance(value, PreallocatedKV)
+    for past in (key, value):
+        if past is None or past.shape[dim] == rows or both:
+            continue
+        if isinstance(past, Handle):
+            raise CannotServe(f"{rows} rows are written into a compressed cache of {past.shape[dim]}")
+        if past.narrow(dim, rows, past.shape[dim] - rows).any():
+            raise CannotServe(f"the cache holds something in the rows behind the first {rows}, which the call writes")
 
 
 def _dense(value: Any) -> Any:
@@ -252,7 +267,11 @@ def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], 
     store = _joined(key, value)
     start, end = key.range
     first, stop = _columns(site, args, end - start, new)
-    if site.capacity is None:
+    if store.site.batch != site.batch(args):
+        if stop != 0 or site.capacity is None:
+            raise CannotServe(f"{site.batch(args)} rows are written into a cache that holds {store.site.batch}")
+        store = store.emptied(site.shape(args))
+    elif site.capacity is None:
         store = store.continued_from((key, value))  # type: ignore[arg-type]
     elif start + stop != end:
         store = store.for_writing(start + stop)
@@ -298,8 +317,9 @@ def _joined(key: Handle, value: Handle) -> LayerStore:
     # Keys and values went different ways, such as a copy of one of them.
     joined = key.store.joined(value.store) if key.range == value.range else None
     if joined is None:
-        k, v = (from_layout(_shown(handle), handle.kv_layout) for handle in (key, value))
-        joined = _filled(key.store.plan, key.store.site, k, v)
+        shape = max((key.store.site, value.store.site), key=lambda site: site.batch)
+        k, v = (from_layout(_shown(handle), handle.kv_layout)[: shape.batch] for handle in (key, value))
+        joined = _filled(key.store.plan, shape, k, v)
         joined.count_fallback("keys and values of different stores")
     return joined
 
@@ -320,8 +340,9 @@ def _compressed(site: SiteCall, key: Any, value: Any, args: Sequence[Any], new: 
             "the cache was filled before this call without scores, and the plan evicts; let the compiled model read "
             "the prompt as well, or choose a plan that keeps all tokens"
         )
-    k, v = (from_layout(_plain(x).narrow(token_dim, first, seen), site.layout) for x in (key, value))
-    return _filled(site.plan, site.shape(args), k, v)
+    shape = site.shape(args)
+    k, v = (from_layout(_plain(x).narrow(token_dim, first, seen), site.layout)[: shape.batch] for x in (key, value))
+    return _filled(site.plan, shape, k, v)
 
 
 def _plain(value: Any) -> torch.Tensor:

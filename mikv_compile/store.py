@@ -357,12 +357,40 @@ class LayerStore:
 
     def _moved_on(self) -> LayerStore:
         """A copy that this store's preallocated handles follow from now on."""
-        made = self.copy()
+        return self.followed_by(self.copy())
+
+    def followed_by(self, made: LayerStore) -> LayerStore:
+        """Let this store's preallocated handles show another one, which is returned."""
         for handle in self._followers():
             self._handles.pop(id(handle), None)
             handle.store = made
             made.register(handle)
         return made
+
+    def emptied(self, site: CacheShape) -> LayerStore:
+        """What preallocated handles show once they begin anew: this store, cleared, or a new one of other rows."""
+        if site.batch == self.site.batch:
+            self.clear()
+            return self
+        made = LayerStore(self.plan, site, self.device)
+        made.fallbacks = dict(self.fallbacks)
+        return self.followed_by(made)
+
+    def widened(self, rows: int) -> LayerStore:
+        """A copy with zeros in more rows, to which preallocated handles move on. Other rows stay as they are."""
+        self.check_usable()
+        have = self.site.batch
+
+        def with_zeros(buffer: torch.Tensor) -> torch.Tensor:
+            return torch.cat([buffer, buffer.new_zeros(rows - have, *buffer.shape[1:])])
+
+        made = self.map(with_zeros, rows, self.device)
+        stored = made.typed()
+        for slots in (*(tier.positions for tier in stored.tiers), stored.scores):
+            slots[have:] = slots[:1]
+        if self.plan.format.is_balanced:
+            stored.balancer[have:] = 1
+        return self.followed_by(made)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -630,14 +658,15 @@ class LayerStore:
         self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
 
 
-def shape_in(store: LayerStore, role: Role, layout: str, tokens: int) -> tuple[int, ...]:
-    """Shape of a layer's dense keys or values with ``tokens`` tokens.
+def shape_in(store: LayerStore, role: Role, layout: str, tokens: int, rows: int | None = None) -> tuple[int, ...]:
+    """Shape of a layer's dense keys or values with ``tokens`` tokens, and ``rows`` instead of the store's own.
 
     Raises:
         MikvError: if the layout is not a permutation of "BHTD", or of "BTD" with one head.
     """
     site = store.site
-    sizes = {"B": site.batch, "H": site.kv_heads, "T": tokens, "D": site.key_dim if role == "key" else site.value_dim}
+    dim = site.key_dim if role == "key" else site.value_dim
+    sizes = {"B": site.batch if rows is None else rows, "H": site.kv_heads, "T": tokens, "D": dim}
     if sorted(layout) != sorted("BHTD") and not (sorted(layout) == sorted("BTD") and site.kv_heads == 1):
         raise MikvError(
             f"layout {layout!r} is not a permutation of 'BHTD', nor of 'BTD' with one head (here: {site.kv_heads})"

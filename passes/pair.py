@@ -35,6 +35,7 @@ from mikv_compile.passes.views import NotAView, ViewPath, aliases, match_dims, t
 __all__ = ["Site", "pair"]
 
 _LEAST_CHANNELS = 4
+_SOME_ROWS = "only some rows of the cache's batch are written, and attention alone could read those compressed"
 _OPAQUE_TARGETS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -148,7 +149,12 @@ class _Pairing:
     def _dense(self, updates: list[CacheUpdate], refused: Mapping[tuple[Node, Node], str]) -> list[Site]:
         """Pairs of what is left: keys and values of one layer are written one after the other."""
         sites: list[Site] = []
-        left = [u for u in updates if u.result not in self._not_caches and u.kind != "read"]
+        for update in updates:
+            softmax = None if update.rows is None else self._softmax_behind(update)
+            if softmax is not None:
+                why = next((r for place, r in refused.items() if update.result in place), self._reason_near(softmax))
+                self._not_caches.setdefault(update.result, f"{_SOME_ROWS}: {why}")
+        left = [u for u in updates if u.rows is None and u.kind != "read" and u.result not in self._not_caches]
         while len(left) > 1:
             first, second, *rest = left
             found = self._softmax_behind(first) or self._softmax_behind(second)
@@ -251,6 +257,7 @@ def _join(attention: Attention, key_path: ViewPath, value_path: ViewPath, key: C
     groups, whole = [], []
     for what, path, update in (("key", key_path, key), ("value", value_path, value)):
         _check_reads_after_write(path, update, attention)
+        _check_rows(path, update)
         try:
             repeats, tokens = match_dims(path.layout, getattr(attention, f"{what}_dims"))
         except NotAView as problem:
@@ -305,7 +312,7 @@ def _check_match(attention: Attention, key: CacheUpdate, value: CacheUpdate) -> 
     """Refuse keys and values that do not belong to one layer."""
     if key.born != value.born:
         raise _NotACache("key and value caches are crossed: one is empty and the other is not")
-    ways = [(u.kind == "read", u.layout, u.tail, u.keep) for u in (key, value)]
+    ways = [(u.kind == "read", u.layout, u.tail, u.keep, u.rows is None) for u in (key, value)]
     if ways[0] != ways[1]:
         raise _Refused("keys and values are cached in different ways")
     _check_names(key, value)
@@ -414,6 +421,14 @@ def _check_reads_after_write(path: ViewPath, update: CacheUpdate, attention: Att
     readers = path.views[:1] or [node for node in attention.nodes if path.source in node.all_input_nodes]
     if not all(update.written < node for node in readers):
         raise _Refused("attention reads the cache before the new tokens are written")
+
+
+def _check_rows(path: ViewPath, update: CacheUpdate) -> None:
+    """Refuse what reads other rows of the batch than the write fills: a store has these alone."""
+    shape = shape_of(path.source)
+    rows = shape[update.layout.index("B")] if update.rows is None and shape is not None else update.rows
+    if not known_equal(path.rows, rows):
+        raise _Refused("attention does not surely read the same rows of the cache's batch as the new tokens fill")
 
 
 def _check_users(update: CacheUpdate, reads: Sequence[Read], views: Collection[Node]) -> None:

@@ -106,6 +106,8 @@ class CacheUpdate:
     """How many of the newest tokens stay cached, as in a sliding window; None: all."""
     capacity: Any = None
     """Columns of a preallocated cache; None for one that grows."""
+    rows: Any = None
+    """How many rows of the batch are written, the first ones, where the cache may have more; None: all of them."""
     nodes: tuple[Node, ...] = ()
     """Nodes of the idiom that are dead once nothing reads the result, in graph order."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class _Write:
     position: Any
     new: Node
     nodes: tuple[Node, ...]
+    rows: tuple[int, Any] | None = None
+    """The dimension of the batch and where a slice `[:stop]` of it ends; None: all rows are written."""
 
 
 def recognize(node: Node) -> CacheUpdate | Declined | None:
@@ -48,6 +50,7 @@ def recognize(node: Node) -> CacheUpdate | Declined | None:
         write = _as_write(node)
         if write is None:
             return None
+        write = _without_row_views(write)
         root = _root(write.target)
         if root is None:
             return None
@@ -78,14 +81,18 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
         raise _NotSupported("cache and new tokens differ in dtype or device; the write converts one of them")
     if not fake(root).dtype.is_floating_point:  # type: ignore[union-attr]
         raise _NotSupported("the cached numbers are not floating point")
-    if any(not known_equal(a, b) for i, (a, b) in enumerate(zip(shape, new_shape, strict=True)) if i != token_dim):
-        raise _NotSupported("the new tokens fill only a part of the cache's batch, heads or channels")
+    rows = _rows(write, layout, shape, new_shape)
+    full = [i for i, letter in enumerate(layout) if letter != "T" and (letter != "B" or rows is None)]
+    if any(not known_equal(shape[i], new_shape[i]) for i in full):
+        raise _NotSupported(_PART)
     in_place = writes_in_place(node)
+    if rows is not None and not (in_place and is_cached_tensor(root)):
+        raise _NotSupported("some rows are written of a cache that is not written in place, or allocated in this graph")
     if in_place_writers(root) != ([node] if in_place else []):
         raise _NotSupported("this graph writes more than once into the cache")
     if in_place:
         sources = tuple(sorted(member for member in aliases(root) if is_alias_of(member, root)))
-        value = node if fake(node) is not None else root
+        value = node if fake(node) is not None and node.all_input_nodes[0] is write.target else root
     else:
         sources, value = (), node
     born = root.op != "placeholder"
@@ -108,8 +115,46 @@ def _update(node: Node, write: _Write, root: Node) -> CacheUpdate:
         position=write.position,
         tail=True,
         capacity=shape[token_dim],
+        rows=rows,
         nodes=tuple(sorted({node, *write.nodes})),
     )
+
+
+_PART = "the new tokens fill only a part of the cache's batch, heads or channels"
+
+
+def _rows(write: _Write, layout: str, shape: tuple[Any, ...], new_shape: tuple[Any, ...]) -> Any:
+    """How many rows are written, once it is sure that there is a new one for each; None: all of them."""
+    if write.rows is None:
+        return None
+    dim, stop = write.rows
+    if layout[dim] != "B" or not known_equal(stop, new_shape[dim]):
+        raise _NotSupported(_PART)
+    return None if known_equal(stop, shape[dim]) else stop
+
+
+def _without_row_views(write: _Write) -> _Write:
+    """A write into `cache[:rows]` as one into the cache."""
+    source, bounds = view_input(write.target), slice_bounds(write.target)
+    if write.rows is not None or source is None or not bounds or len(bounds) > 1 or is_alias(write.target):
+        return write
+    ((dim, (start, stop)),) = bounds.items()
+    if start not in (None, 0) or not isinstance(write.dim, int) or dim == write.dim % (rank(source) or 1):
+        return write
+    return replace(write, target=source, rows=(dim, stop), nodes=(*write.nodes, write.target))
+
+
+def _tokens_and_rows(dims: list[int], count: int) -> tuple[int, int | None]:
+    """Which of the dimensions that a write selects from are those of the tokens and of the batch.
+
+    Where both could be meant, as in `[:a, :b]`, the batch comes first.
+    """
+    if len(dims) == 1:
+        return dims[0], None
+    for tokens, rows in ((dims[1], dims[0]), (dims[0], dims[1])) if len(dims) == 2 else ():
+        if LAYOUTS[count].get(tokens, "").find("B") == rows:
+            return tokens, rows
+    raise _NotSupported(_PART)
 
 
 def is_alias_of(node: Node, root: Node) -> bool:
@@ -168,14 +213,22 @@ def _indexed(node: Node, target: Node) -> _Write | None:
     if items is None or shape is None:
         return None
     chosen = [i for i, item in enumerate(items) if not _is_whole(item, shape[i])]
-    if len(chosen) != 1:
-        if is_cached_tensor(target) and len(chosen) > 1:
-            raise _NotSupported("only a part of the cache's batch, heads or channels is written")
+    if not chosen or (len(chosen) > 1 and _root(target) is None):
         return None
-    dim, item = chosen[0], items[chosen[0]]
+    dim, batch = _tokens_and_rows(chosen, len(items))
+    item, rows = items[dim], None
+    if batch is not None:
+        rows = batch, _stop_of_prefix(items[batch])
     if isinstance(item, slice):
-        return _Write(target, dim, _start(target, dim, item.start, item.stop, new), new, ())
-    return _Write(target, dim, _columns(item, new, dim), new, ())
+        return _Write(target, dim, _start(target, dim, item.start, item.stop, new), new, (), rows)
+    return _Write(target, dim, _columns(item, new, dim), new, (), rows)
+
+
+def _stop_of_prefix(item: Any) -> Any:
+    """Where a slice `[:stop]` ends."""
+    if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
+        raise _NotSupported(_PART)
+    return value_of(item.stop)
 
 
 def _spread(index: Any, dims: int | None) -> list[Any] | None:
@@ -270,13 +323,14 @@ def _vary_only_along(columns: Node, views: list[Node], dim: int) -> bool:
 
 
 def _copied(node: Node, target: Node) -> _Write | None:
-    """`cache[:, :, a:b].copy_(new)` and `cache.narrow(2, a, n).copy_(new)`."""
+    """`cache[:, :, a:b].copy_(new)`, `cache[:rows, :, a:b].copy_(new)` and `cache.narrow(2, a, n).copy_(new)`."""
     new = argument(node, 1, "src")
-    source = view_input(target)
-    if source is None or not isinstance(new, Node) or rank(new) != rank(target):
+    source, bounds = view_input(target), slice_bounds(target)
+    if source is None or not bounds or not isinstance(new, Node) or rank(new) != rank(target):
         return None
-    bounds = slice_bounds(target)
-    if bounds is None:
+    if len(bounds) > 1 and _root(source) is None:
         return None
-    dim, start, stop = bounds
-    return _Write(source, dim, _start(source, dim, start, stop, new), new, (target,))
+    dim, batch = _tokens_and_rows(sorted(bounds), rank(target) or 0)
+    start, stop = bounds[dim]
+    rows = None if batch is None else (batch, _stop_of_prefix(slice(*bounds[batch])))
+    return _Write(source, dim, _start(source, dim, start, stop, new), new, (target,), rows)

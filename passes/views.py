@@ -67,6 +67,8 @@ class ViewPath:
     layout: Layout
     views: tuple[Node, ...]
     """The nodes between, in graph order."""
+    rows: Any
+    """How many rows of the batch it shows: the first ones, in their order."""
 
 
 def op_name(node: Node) -> str | None:
@@ -149,7 +151,8 @@ def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
     layout: Layout = tuple(_axes(name, size) for name, size in zip(sources[node], shape, strict=True))
     for view in path:
         layout = _apply(view, layout, shape_of(view_input(view)), shape_of(view))
-    return ViewPath(node, layout, tuple(path))
+    rows = next((axis.size for dim in layout for axis in dim if axis.name == "B"), 1)
+    return ViewPath(node, layout, tuple(path), rows)
 
 
 def match_dims(layout: Layout, dims: Dims) -> tuple[int, Axis | None]:
@@ -322,9 +325,11 @@ def _narrow(node: Node, layout: Layout, in_shape: tuple[Any, ...], out_shape: tu
 
 
 def _prefix(node: Node, item: slice, axes: tuple[Axis, ...], size: Any) -> tuple[Axis, ...]:
-    """The dimension after `[:stop]` of the tokens, which caches of fixed size are read with."""
+    """The dimension after `[:stop]` of the tokens or of the batch, which caches of fixed size are read with."""
     if item.step not in (None, 1) or item.start not in (None, 0):
         raise NotAView(f"`{node.name}` takes only a slice of the cache")
+    if len(axes) == 1 and axes[0].name == "B":
+        return _axes("B", size)
     if len(axes) != 1 or axes[0].name != "T" or axes[0].stop is not None:
         raise NotAView(f"`{node.name}` takes only a slice of the cache")
     return (Axis("T", size, stop=size),)
@@ -366,8 +371,8 @@ def in_place_writers(root: Node) -> list[Node]:
     return sorted(dict.fromkeys(user for user in found if user.args[0] in aliases(root)))
 
 
-def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
-    """`(dim, start, stop)`, maybe symbolic, if a node takes a slice of one dimension and all of the others."""
+def slice_bounds(node: Node) -> dict[int, tuple[Any, Any]] | None:
+    """`{dim: (start, stop)}`, maybe symbolic, if a node takes slices of some dimensions and all of the others."""
     source = view_input(node)
     shape = shape_of(source)
     if source is None or shape is None:
@@ -377,12 +382,12 @@ def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
         dim, start, out = argument(node, 1, "dim"), value_of(argument(node, 2, "start")), shape_of(node)
         if not isinstance(dim, int) or isinstance(start, torch.Tensor) or out is None:
             return None
-        return dim % len(shape), start, start + out[dim % len(shape)]
+        return {dim % len(shape): (start, start + out[dim % len(shape)])}
     if name == "slice":
         dim, start, stop = (argument(node, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "end")))
         whole = isinstance(stop, int) and stop > 2**60
-        bounds = (dim or 0) % len(shape), value_of(start), None if whole else value_of(stop)
-        return None if argument(node, 4, "step", 1) != 1 else bounds
+        bounds = value_of(start), None if whole else value_of(stop)
+        return None if argument(node, 4, "step", 1) != 1 else {(dim or 0) % len(shape): bounds}
     if name != "getitem":
         return None
     index = argument(node, 1, "index")
@@ -393,15 +398,13 @@ def slice_bounds(node: Node) -> tuple[int, Any, Any] | None:
         items.append(Ellipsis)
     place = items.index(Ellipsis)
     items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
-    cut = [i for i, item in enumerate(items) if item.start is not None or item.stop is not None]
-    if len(items) != len(shape) or len(cut) != 1 or any(item.step not in (None, 1) for item in items):
+    if len(items) != len(shape) or any(item.step not in (None, 1) for item in items):
         return None
-    return cut[0], value_of(items[cut[0]].start), value_of(items[cut[0]].stop)
+    bounds_of = {i: (value_of(item.start), value_of(item.stop)) for i, item in enumerate(items)}
+    return {i: bounds for i, bounds in bounds_of.items() if any(bound is not None for bound in bounds)}
 
 
 def slice_of_tokens(node: Node, layout: str) -> tuple[Any, Any] | None:
     """`(start, stop)` if a node takes a slice of the tokens of a tensor in `layout`; None otherwise."""
     bounds = slice_bounds(node)
-    if bounds is None or bounds[0] != layout.index("T"):
-        return None
-    return bounds[1], bounds[2]
+    return None if bounds is None or len(bounds) != 1 else bounds.get(layout.index("T"))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mikv_compile import EvictedTokensError, KVTensor, MikvError
+from mikv_compile import EvictedTokensError, KVTensor, MikvError, graph_reports
 from mikv_compile.config import Options
 from mikv_compile.plan import CacheShape, Planner
 from mikv_compile.preallocated import PreallocatedKV, make_preallocated, take_over
@@ -360,3 +360,194 @@ def test_a_graph_meets_no_store_of_another_plan():
     assert len(graphs) == 2
     kinds = [n.type for n in graphs[1].graph.find_nodes(op="placeholder") if issubclass(n.type, PreallocatedKV)]
     assert [kind.known[1:] for kind in kinds] == [("key", "BHTD"), ("value", "BHTD")]
+
+
+# More rows than the store has
+
+
+ROOM = B + 2
+
+
+def partial(layout="BTHD", **options):
+    """Handles of ROOM rows over a store of B, with five tokens, and the dense tensors that they stand for."""
+    store = new_store(**options)
+    tokens = [torch.randn(B, H, 5, D) for _ in range(2)]
+    store.append(*tokens)
+    caches = [torch.zeros(shape_in(store, role, layout, C, ROOM)) for role in ("key", "value")]
+    for cache, role in zip(caches, ("key", "value"), strict=True):
+        take_over(cache, store, role, layout)
+    return caches, [cache.dequantize() for cache in caches]
+
+
+def test_rows_beyond_the_store_are_zeros():
+    (key, value), (dense, _) = partial()
+    assert key.shape == (ROOM, C, H, D) and key.store.site.batch == B
+    assert dense[:B, :5].any() and not dense[B:].any() and torch.equal(key[1:3], dense[1:3])
+    with pytest.raises(MikvError, match="does not belong to a store"):
+        take_over(torch.zeros(B - 1, C, H, D), key.store, "key", "BTHD")
+    twin, moved = key.clone(), copy.deepcopy([key, value])[0]
+    for other in (twin, moved, copy.copy(key), key.to("cpu", copy=True)):
+        assert isinstance(other, PreallocatedKV) and torch.equal(other + 0, dense)
+    rows = torch.tensor([3, 1, 0])
+    assert torch.equal(key.index_select(0, rows), dense[rows])
+    assert torch.equal(key.repeat_interleave(2, 0), dense.repeat_interleave(2, 0))
+
+
+SMALL = {"window": 0, "sinks": 0, "flush_every": 1, "quantizer": "mikv"}
+
+
+@pytest.mark.parametrize("tiers", [None, "int4", "fp:0.3,int8", "int8:0.3,int4"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda c: c.__setitem__((slice(None, 3), 5), 2.0),
+        lambda c: c.__setitem__((slice(None), slice(5, 7)), torch.arange(ROOM).view(-1, 1, 1, 1).expand(-1, 2, H, D)),
+        lambda c: c[3].fill_(1),
+        lambda c: c[2, 3].copy_(torch.ones(H, D)),
+        lambda c: c.copy_(torch.arange(C * H * D).view(C, H, D).expand(ROOM, C, H, D) / 500),
+        lambda c: c.index_copy_(1, torch.tensor([5]), torch.ones(ROOM, 1, H, D)),
+        lambda c: c.mul_(2),
+        lambda c: c[B:].zero_(),
+    ],
+)
+def test_eager_writes_reach_all_rows(write, tiers):
+    """Rows that are written get a place in the store, and the others stay as they are."""
+    caches, dense = partial(**({"tiers": tiers, **SMALL} if tiers else {"budget": 1.0}))
+    for cache, plain in zip(caches, dense, strict=True):
+        write(cache)
+        write(plain)
+    key, value = caches
+    assert key.store is value.store
+    for cache, plain in zip(caches, dense, strict=True):
+        torch.testing.assert_close(cache + 0, plain, atol=0.5 if tiers else 0, rtol=0)
+        assert not (cache + 0)[~plain.flatten(2).any(2)].any()
+
+
+def test_a_wider_store_keeps_codes_and_scores_of_the_rows_it_had():
+    (key, _), (dense, _) = partial(tiers="fp:0.3,int4", **SMALL)
+    wide = key.store.widened(3)
+    assert key.store is wide and wide.site.batch == 3 and wide.recompressed == 0
+    assert torch.equal(key + 0, dense)
+
+
+class Prefix(nn.Module):
+    """Writes and reads the first rows of its cache."""
+
+    def __init__(self, rows=ROOM):
+        super().__init__()
+        self.k, self.v = torch.zeros(rows, C, H, D), torch.zeros(rows, C, H, D)
+
+    def forward(self, x, start):
+        rows, tokens = x.shape[:2]
+        self.k[:rows, start : start + tokens] = x
+        self.v[:rows, start : start + tokens] = x * 2
+        k, v = self.k[:rows, : start + tokens], self.v[:rows, : start + tokens]
+        mask = torch.ones(tokens, start + tokens, dtype=torch.bool).tril(start)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (x, k, v)), attn_mask=mask)
+
+
+def play(steps, prepare=lambda model: None, rows=ROOM, **options):
+    """Steps (rows, tokens, start) with a dense model and a compiled one: both, and whether the last one was fused."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dense, model = Prefix(rows), Prefix(rows)
+    prepare(dense)
+    prepare(model)
+    fast = torch.compile(model, backend="mikv", options={"lower": "eager", **(options or {"budget": 1.0})})
+    with torch.no_grad():
+        for batch, tokens, start in steps:
+            x = torch.randn(batch, tokens, H, D)
+            torch.testing.assert_close(fast(x, start), dense(x, start), atol=1e-4, rtol=1e-4)
+    return dense, model
+
+
+def same(model, dense, rows=ROOM, columns=C):
+    for name in "kv":
+        got, want = getattr(model, name) + 0, getattr(dense, name)
+        torch.testing.assert_close(got[:rows, :columns], want[:rows, :columns], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, ROOM])
+def test_a_part_of_the_batch_is_served(batch):
+    dense, model = play([(batch, 6, 0), (batch, 1, 6), (batch, 1, 7), (batch, 3, 8)])
+    assert model.k.store is model.v.store and model.k.store.site.batch == batch and model.k.store.length == 11
+    assert not model.k.store.fallbacks and graph_reports()[-1].rewritten
+    same(model, dense)
+
+
+def test_conversations_of_other_batches():
+    """A new one gets a store of its own size, also where the graph has symbols for the batch and the start."""
+    talks = [[(b, 4, 0), (b, 1, 4), (b, 1, 5)] for b in (3, 2, ROOM, 1, 2, 3)]
+    dense, model = play([step for talk in talks for step in talk])
+    assert model.k.store.site.batch == 3 and model.k.store.length == 6 and not model.k.store.fallbacks
+    same(model, dense, 3, 6)
+
+
+@pytest.mark.parametrize("other", [1, 3, ROOM])
+def test_another_batch_in_the_middle_runs_as_it_was(other):
+    steps = [(2, 4, 0), (2, 1, 4), (2, 1, 5), (other, 1, 6), (other, 1, 7), (2, 1, 8), (1, 1, 9), (ROOM, 1, 10)]
+    dense, model = play(steps)
+    assert model.k.store.fallbacks and isinstance(model.k, PreallocatedKV)
+    same(model, dense)
+    assert model.k.store.site.batch == ROOM
+
+
+def test_it_goes_on_compressed_once_the_rows_are_there():
+    dense, model = play([(2, 4, 0), (2, 1, 4), (3, 1, 5), (3, 1, 6), (3, 1, 7)])
+    assert set(model.k.store.fallbacks.values()) == {2} and model.k.store.site.batch == 3
+    same(model, dense)
+
+
+@pytest.mark.parametrize("where", [(ROOM - 1, 0), (2, C - 1)])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_values_in_other_rows_are_not_lost(where, name):
+    def prepare(model):
+        getattr(model, name)[where] = 1.0
+
+    dense, model = play([(2, 4, 0), (2, 1, 4), (2, 1, 5)], prepare)
+    assert type(model.k) is type(model.v) is torch.Tensor
+    same(model, dense)
+
+
+def test_a_dense_cache_that_is_partly_filled_is_taken_over():
+    def prepare(model):
+        torch.manual_seed(1)
+        for cache in (model.k, model.v):
+            cache[:2, :5] = torch.randn(2, 5, H, D)
+
+    dense, model = play([(2, 1, 5), (2, 1, 6)], prepare)
+    assert model.k.store.site.batch == 2 and model.k.store.length == 7
+    same(model, dense)
+    dense, model = play([(1, 1, 5), (1, 1, 6)], prepare)
+    assert type(model.k) is torch.Tensor
+    same(model, dense)
+
+
+def test_eager_code_between_calls_writes_other_rows():
+    dense, model = play([(2, 4, 0), (2, 1, 4)])
+    fast = torch.compile(model, backend="mikv", options={"lower": "eager", "budget": 1.0})
+    with torch.no_grad():
+        for one in (dense, model):
+            one.k[2, :5], one.v[2, :5] = 1.0, 2.0
+        for rows, start in ((3, 5), (3, 6), (2, 7)):
+            x = torch.randn(rows, 1, H, D)
+            torch.testing.assert_close(fast(x, start), dense(x, start), atol=1e-4, rtol=1e-4)
+    same(model, dense)
+
+
+def test_reset_and_an_evicting_plan():
+    """Evicted tokens cannot run as the model wrote it; a new conversation can have any batch."""
+    options = {"tiers": "fp:0.2", "window": 2, "sinks": 0, "flush_every": 1, "lower": "eager"}
+    model = Prefix()
+    fast = torch.compile(model, backend="mikv", options=options)
+    with torch.no_grad():
+        for batch in (2, 3, 1):
+            for start, tokens in ((0, 10), (10, 1), (11, 1)):
+                fast(torch.randn(batch, tokens, H, D), start)
+            assert model.k.store.site.batch == batch and model.k.store.evicted
+        with pytest.raises(EvictedTokensError):
+            fast(torch.randn(2, 1, H, D), 12)
+        model.k.zero_()
+        model.v.zero_()
+        fast(torch.randn(2, 3, H, D), 0)
+        assert model.k.store.site.batch == 2 and model.k.store.length == 3
