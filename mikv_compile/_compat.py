@@ -89,9 +89,9 @@ def growing_fake(
     return fake_mode.from_tensor(example, symbolic_context=context, source=source)
 
 
-def fake_mode_of(fake: torch.Tensor) -> Any:
+def fake_mode_of(fake: Any) -> Any:
     """The fake mode that a fake tensor, or the inner tensor of a fake handle, belongs to."""
-    return fake.fake_mode  # type: ignore[attr-defined]
+    return getattr(fake, "anchor", fake).fake_mode
 
 
 def buffer_source(name: str) -> Any:

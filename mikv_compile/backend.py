@@ -47,7 +47,7 @@ def mikv(
     chosen = Options.parse(options)
     planner = Planner(chosen)
     handles = _handles(gm, example_inputs)
-    analysis = analyze(gm, handles.__contains__)
+    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
     sizes = SizeReader(gm.graph)
     planned, declined = _select(analysis, gm, planner, sizes, handles)
     rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
@@ -146,8 +146,9 @@ def _site_call(planned: PlannedSite, rewritten: RewrittenSite, sizes: SizeReader
     batch, new_tokens = sizes.reader(key.batch), sizes.reader(key.tokens)
     first = sizes.reader(planned.site.key.first)
     assert batch is not None and new_tokens is not None and first is not None
+    capacity = None if planned.site.key.capacity is None else sizes.reader(planned.site.key.capacity)
     return SiteCall(
-        rewritten, planned.plan, batch, new_tokens, first, _position(planned.site, sizes), int(key.heads),
+        rewritten, planned.plan, batch, new_tokens, first, _position(planned.site, sizes), capacity, int(key.heads),
         int(key.dim), int(value.dim), dtype.dtype, dtype.device, layers,
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ def _report(analysis: Analysis, planned: list[PlannedSite], declined: list[Decli
         SiteReport(
             p.site.name,
             p.layer,
-            "prefill" if p.site.born else "decode",
+            "prefill" if p.site.born else "read" if p.site.key.kind == "read" else "decode",
             _form(p.site),
             _groups(p.site),
             p.plan,

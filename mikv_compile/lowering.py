@@ -15,7 +15,7 @@ from mikv_compile import _compat
 from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.formats import Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
-from mikv_compile.passes.node_utils import fake
+from mikv_compile.passes.node_utils import fake, known_equal
 from mikv_compile.plan import CacheShape, LayerPlan, Planner
 from mikv_compile.sizes import SizeReader
 
@@ -51,7 +51,7 @@ class Extent:
         value = fake(update.new)
         assert value is not None
         sizes = dict(zip(update.layout, value.shape, strict=True))
-        return cls(sizes["B"], sizes.get("H", 1), sizes["T"], sizes["D"])
+        return cls(sizes["B"], sizes.get("H", 1), 0 if update.kind == "read" else sizes["T"], sizes["D"])
 
 
 def plan_sites(
@@ -101,9 +101,21 @@ def _plan(
                 "the cache was filled before this call without scores, and the plan evicts; let the compiled model "
                 "read the prompt as well, or choose a plan that keeps all tokens"
             )
+    if plan.evicts and site.born and _crosses(site):
+        raise _CannotServeError("the plan evicts, and the few queries of this call are no guide to an encoder's tokens")
     if plan.evicts and not site.reads:
         raise _CannotServeError(f"the plan evicts, and evicted tokens cannot be read densely: {site.dense}")
     return plan
+
+
+def _crosses(site: Site) -> bool:
+    """Whether a new cache holds other tokens than the queries', as in cross attention."""
+    for read in site.reads:
+        query = fake(read.attention.query)
+        rows = dict(zip(read.attention.query_dims, () if query is None else query.shape, strict=False)).get("r")
+        if rows is None or not known_equal(rows, Extent.of(site.key).tokens):
+            return True
+    return False
 
 
 def _check_storage(site: Site, layers: int, sizes: SizeReader) -> CacheShape:
@@ -122,8 +134,8 @@ def _check_storage(site: Site, layers: int, sizes: SizeReader) -> CacheShape:
     k, v = Extent.of(site.key), Extent.of(site.value)
     if any(_compat.symbol_of(size) is not None for size in (k.heads, k.dim, v.dim)):
         raise _CannotServeError("the number of heads or the head dimension is symbolic; mark it static")
-    if _compat.symbol_of(site.key.capacity) is not None:
-        raise _CannotServeError("the size of the preallocated cache is symbolic; mark it static")
+    if sizes.reader(site.key.capacity or 0) is None or _compat.symbol_of(site.key.keep) is not None:
+        raise _CannotServeError("the arguments of the graph do not tell the size of the preallocated cache")
     batch = k.batch if _compat.symbol_of(k.batch) is None else 1
     return CacheShape(int(batch), int(k.heads), int(k.dim), int(v.dim), key.dtype, layers)
 
@@ -194,7 +206,7 @@ class Lowering:
             # Not the scores buffer itself: one op must not read and write one storage through two arguments.
             scores = graph.call_method("new_empty", (k, (0,)), {"dtype": torch.float32})
         elif first is None or keep is not None:
-            args = (k, k, v, None, 1.0, False, 0.0, None, "recent")
+            args: tuple[Any, ...] = (k, k, v, None, 1.0, False, 0.0, None, "recent")
             scores = graph.call_function(ops.importance_v2.default, args)
         else:
             args = (

@@ -24,7 +24,7 @@ class SiteReport:
     name: str
     layer: int
     phase: str
-    """``"prefill"`` where the cache is born, ``"decode"`` where it grows."""
+    """``"prefill"`` where the cache is born, ``"decode"`` where it grows, ``"read"`` where it is only read."""
     form: str
     groups: int | None
     """Query heads per KV head; None where no attention call was recognized."""

@@ -36,6 +36,8 @@ class SiteCall:
     """The first column of the past that the call sees; may be negative."""
     position: Callable[[Sequence[Any], int], int] | None
     """The column that the new tokens go to, given their number; None: behind the past's last one."""
+    capacity: Reader | None
+    """Columns of a preallocated cache; None for one that grows."""
     kv_heads: int
     key_dim: int
     value_dim: int
@@ -53,12 +55,6 @@ class SiteCall:
         """How many of the newest tokens stay cached; None: all."""
         keep = self.rewritten.site.key.keep
         return None if keep is None else int(keep)
-
-    @property
-    def capacity(self) -> int | None:
-        """Columns of a preallocated cache."""
-        capacity = self.rewritten.site.key.capacity
-        return None if capacity is None else int(capacity)
 
     def shape(self, args: Sequence[Any]) -> CacheShape:
         """B, H_kv and head dimensions of this call."""
@@ -80,6 +76,8 @@ class _Step:
     new: int
     """Tokens that the store gets."""
     past: tuple[Any, Any]
+    capacity: int | None = None
+    """Columns of a preallocated cache."""
 
 
 class CompressedGraph:
@@ -135,6 +133,8 @@ class CompressedGraph:
     def _prepare(self, site: SiteCall, args: Sequence[Any]) -> _Step:
         new = site.new_tokens(args)
         past = site.pasts(args)
+        if site.rewritten.site.key.kind == "read":
+            return _only_read(site, *past)
         _check_rows(site, *past, args)
         if site.rewritten.fills:
             if site.position is not None and site.position(args, new) != 0:
@@ -147,7 +147,8 @@ class CompressedGraph:
             store, seen = _compressed(site, *past, args, new), 0
         if site.rewritten.site.key.written is not None and past[0] is not None:
             _hand_over(past, store, site.layout)
-        return _Step(site, store, store.prepare(new, seen, fresh=True), new, past)
+        capacity = None if site.capacity is None else site.capacity(args)
+        return _Step(site, store, store.prepare(new, seen, fresh=True), new, past, capacity)
 
     def _run_original(self, args: Sequence[Any], reason: CannotServe) -> tuple[Any, ...]:
         """Run the graph as it was, on dense tensors; preallocated caches take back what it wrote."""
@@ -168,6 +169,8 @@ class CompressedGraph:
 def _commit(step: _Step, outputs: list[Any]) -> None:
     """Take over what the graph did to a store, and put its handles where the dense cache was returned."""
     site, store = step.site, step.store
+    if site.rewritten.site.key.kind == "read":
+        return
     store.commit(step.orders, step.new)
     start = store.base + step.orders.first
     if site.keep is not None:
@@ -178,8 +181,8 @@ def _commit(step: _Step, outputs: list[Any]) -> None:
         for place in places:
             if in_place:
                 outputs[place] = past
-            elif site.capacity is not None:
-                outputs[place] = KVTensor(store, role, site.layout, capacity=site.capacity)
+            elif step.capacity is not None:
+                outputs[place] = KVTensor(store, role, site.layout, capacity=step.capacity)
             else:
                 outputs[place] = KVTensor(store, role, site.layout, start)
 
@@ -243,12 +246,12 @@ def _columns(site: SiteCall, args: Sequence[Any], visible: int, new: int) -> tup
     """The columns of the past that the call sees: `[first, stop)`, with the new tokens at `stop`."""
     first = site.first(args)
     stop = visible if site.position is None else site.position(args, new)
-    columns = visible if site.capacity is None else site.capacity
+    columns = visible if site.capacity is None else site.capacity(args)
     stop = max(stop + columns, 0) if stop < 0 else stop
     first = max(first + columns, 0) if first < 0 else first
-    if site.capacity is not None and site.keep is None and stop + new > site.capacity:
+    if site.capacity is not None and site.keep is None and stop + new > columns:
         raise MikvError(
-            f"{new} tokens are written at column {stop} of a cache of {site.capacity}; make the cache larger, or the "
+            f"{new} tokens are written at column {stop} of a cache of {columns}; make the cache larger, or the "
             "prompt shorter"
         )
     return min(first, stop), stop
@@ -281,6 +284,21 @@ def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], 
         start = store.start
     store.drop_before(start + first)
     return store, max(start + first - store.base, 0)
+
+
+def _only_read(site: SiteCall, key: Any, value: Any) -> _Step:
+    """A call that reads the cache and appends nothing."""
+    store = _joined(key, value)
+    store.check_usable()
+    store.settle()
+    start, end = key.range
+    if end != store.end or key.shape[key.kv_layout.index("T")] != end - start:
+        raise CannotServe("the call reads a part of what the cache holds")
+    if key.shape[key.kv_layout.index("B")] != store.site.batch:
+        raise CannotServe("the call reads rows that the cache does not hold")
+    moves = (0,) * (len(store.counts) - 1)
+    orders = Orders(store.length, 0, 0, store.counts, 0, moves, first=start - store.base)
+    return _Step(site, store, orders, 0, (key, value))
 
 
 def _joined(key: Handle, value: Handle) -> LayerStore:

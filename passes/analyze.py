@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch.fx import GraphModule, Node
 
 from mikv_compile.passes.attention import find_attentions
 from mikv_compile.passes.cache_updates import find_cache_updates
-from mikv_compile.passes.pair import pair
+from mikv_compile.passes.pair import only_read, pair
 from mikv_compile.passes.records import Attention, CacheUpdate, Site
 from mikv_compile.passes.report import Declined
 
@@ -32,20 +33,21 @@ class Analysis:
     """Every cache update in a supported form, in a site or not."""
 
 
-def analyze(gm: GraphModule, is_compressed: Callable[[Node], bool] = lambda _: False) -> Analysis:
+def analyze(gm: GraphModule, compressed: Mapping[Node, str] = MappingProxyType({})) -> Analysis:
     """Find all sites of a Dynamo graph; changes nothing, and never raises because of an odd graph.
 
     Args:
         gm: the graph.
-        is_compressed: whether a placeholder stands for a cache that is compressed already.
+        compressed: the placeholders that stand for caches that are compressed already, with their layouts.
     """
     found = find_attentions(gm.graph)
     attentions, declined = _split(found)
     updates, declined_updates = _split(find_cache_updates(gm.graph))
+    updates += only_read(compressed, updates)
     declined += declined_updates
     sites: list[Site] = []
     try:
-        sites, declined_pairs = pair(found, updates, is_compressed)
+        sites, declined_pairs = pair(found, updates, compressed)
         declined += declined_pairs
     except Exception as error:  # an odd graph must not stop the user's compilation
         log.debug("pair failed", exc_info=True)

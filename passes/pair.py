@@ -7,7 +7,8 @@ then the cache still leaves the graph compressed, and this layer's part of it is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,29 +50,26 @@ class _NotACache(_Refused):
 def pair(
     attentions: Sequence[Attention | Declined],
     updates: Sequence[CacheUpdate],
-    is_compressed: Callable[[Node], bool] = lambda _: False,
+    compressed: Mapping[Node, str] = MappingProxyType({}),
 ) -> tuple[list[Site], list[Declined]]:
     """Join attentions and cache updates to sites; everything left over gets a reason.
 
     Args:
         attentions: what the stage "canonicalize" found.
         updates: what the stage "find cache updates" found.
-        is_compressed: whether a placeholder stands for a cache that is compressed already.
+        compressed: the placeholders that stand for caches that are compressed already, with their layouts.
     """
-    return _Pairing(attentions, updates, is_compressed).run()
+    return _Pairing(attentions, updates, compressed).run()
 
 
 class _Pairing:
     def __init__(
-        self,
-        attentions: Sequence[Attention | Declined],
-        updates: Sequence[CacheUpdate],
-        is_compressed: Callable[[Node], bool],
+        self, attentions: Sequence[Attention | Declined], updates: Sequence[CacheUpdate], compressed: Mapping[Node, str]
     ) -> None:
         self._attentions = [item for item in attentions if isinstance(item, Attention)]
         self._reasons = {item.site: item.reason for item in attentions if isinstance(item, Declined)}
         self._updates = sorted(updates, key=_place)
-        self._is_compressed = is_compressed
+        self._compressed = compressed
         self._of_source = {source: update for update in updates for source in update.all_sources}
         self._layouts = {source: update.layout for source, update in self._of_source.items()}
         self._declined: list[Declined] = []
@@ -156,11 +154,11 @@ class _Pairing:
             if softmax is not None:
                 why = next((r for place, r in refused.items() if update.result in place), self._reason_near(softmax))
                 self._not_caches.setdefault(update.result, f"{_SOME_ROWS}: {why}")
-        left = [u for u in updates if u.rows is None and u.result not in self._not_caches]
+        left = [u for u in updates if u.rows is None and u.result not in self._not_caches and u.kind != "read"]
         while len(left) > 1:
             first, second, *rest = left
             found = self._softmax_behind(first) or self._softmax_behind(second)
-            known = all(u.past is not None and self._is_compressed(u.past) for u in (first, second))
+            known = all(u.past in self._compressed for u in (first, second))
             if not _belong_together(first, second) or not (found or known):
                 left = left[1:]
                 continue
@@ -209,13 +207,30 @@ class _Pairing:
             if reason is not None and reason not in said and not served:
                 self._declined.append(Declined(attention.output.name, "pair", reason))
         for update in self._updates:
-            if update.result not in in_sites:
+            if update.result not in in_sites and update.kind != "read":
                 reason = self._not_caches.get(update.result)
                 if reason is None and self._softmax_behind(update) is None:
                     reason = "no attention in this graph reads it; a graph break lies between, or it is no KV cache"
                 elif reason is None:
                     reason = "keys and values cannot be told apart: no second cache is written in the same way"
                 self._declined.append(Declined(update.result.name, "pair", reason))
+
+
+def only_read(compressed: Mapping[Node, str], updates: Sequence[CacheUpdate]) -> list[CacheUpdate]:
+    """Records of the compressed caches that this graph does not write, as those of cross attention."""
+    written = {update.past for update in updates}
+    return [
+        CacheUpdate(
+            result=node,
+            past=node,
+            new=node,
+            layout=layout,
+            kind="read",
+            metadata_users=tuple(sorted(user for user in node.users if is_metadata(user))),
+        )
+        for node, layout in compressed.items()
+        if node not in written
+    ]
 
 
 def _place(update: CacheUpdate) -> Any:
@@ -292,7 +307,7 @@ def _check_match(attention: Attention, key: CacheUpdate, value: CacheUpdate) -> 
     """Refuse keys and values that do not belong to one layer."""
     if key.born != value.born:
         raise _NotACache("key and value caches are crossed: one is empty and the other is not")
-    ways = [(update.layout, update.tail, update.keep, update.rows is None) for update in (key, value)]
+    ways = [(u.kind == "read", u.layout, u.tail, u.keep, u.rows is None) for u in (key, value)]
     if ways[0] != ways[1]:
         raise _Refused("keys and values are cached in different ways")
     _check_names(key, value)
@@ -304,30 +319,16 @@ def _check_match(attention: Attention, key: CacheUpdate, value: CacheUpdate) -> 
     if query is None:
         raise _Refused("a shape is unknown")
     for letter, what in (("B", "the same batch size"), ("H", "the same number of heads"), ("T", "as many new tokens")):
-        if letter in key.layout:
+        if letter in key.layout and not (letter == "T" and key.kind == "read"):
             at = key.layout.index(letter)
             if not known_equal(new_key[at], new_value[at]):
                 raise _Refused(f"key and value caches do not surely have {what}")
-    if key.born and not key.tail:
-        rows = _size(attention.query_dims, query, "r")
-        if rows is None or not known_equal(rows, new_key[key.token_dim]):
-            # Cross attention: later calls only read this cache, and no call after this one would append to it.
-            raise _NotACache("a new cache is filled with other tokens than the query's, as cross attention does")
-        if not attention.terms and not attention.is_causal and not known_equal(rows, 1):
-            raise _NotACache(
-                "every query sees every token of the new cache, as in cross attention; such a cache does not grow"
-            )
     # The attention itself fails on keys and values of different lengths, so unknown is good enough here: Dynamo gives
     # each its own symbol until some operation compares them, and SDPA's fake does not.
     key_shape, value_shape = shape_of(key.result), shape_of(value.result)
     assert key_shape is not None and value_shape is not None
     if known_different(key_shape[key.token_dim], value_shape[value.token_dim]):
         raise _NotACache("key and value caches are crossed: they hold different numbers of tokens")
-
-
-def _size(dims: Sequence[str], shape: tuple[Any, ...], letter: str) -> Any:
-    """The size of the dimension that holds `letter` alone; None if there is none."""
-    return shape[list(dims).index(letter)] if letter in dims else None
 
 
 def _check_names(key: CacheUpdate, value: CacheUpdate) -> None:
@@ -433,6 +434,8 @@ def _check_users(update: CacheUpdate, reads: Sequence[Read], views: Collection[N
     seen = {*update.all_sources} - ({update.new} if update.kind == "replace" else set())
     if update.past is not None:
         seen.add(update.past)
+    if update.kind == "read":
+        harmless.discard(output)
     extra = {user for node in seen for user in node.users if user not in harmless}
     harmless -= {output}  # what is returned must be the whole cache
     extra |= {user for view in views for user in view.users if user not in harmless}

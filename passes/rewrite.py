@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mikv_compile.passes import canonical
-from mikv_compile.passes.node_utils import output_values, shape_of, writes_in_place
+from mikv_compile.passes.node_utils import fake, output_values, shape_of, writes_in_place
 from mikv_compile.passes.records import CacheUpdate, Read, Site
 from mikv_compile.passes.report import Declined
 from mikv_compile.passes.sizes import NotExpressible, SizeMaker, metadata_value, replace_by_value
@@ -169,6 +169,8 @@ def _check_sizes(graph: Graph, sites: Sequence[Site]) -> tuple[list[Site], list[
                 sizes.check(metadata_value(node))
             if not site.born and not site.reads:
                 sizes.check(_columns(site))
+            if site.key.kind == "read":
+                sizes.check(shape_of(site.key.past)[site.key.layout.index("B")])  # type: ignore[index]
             possible.append(site)
         except NotExpressible as problem:
             declined.append(Declined(site.name, "rewrite", str(problem)))
@@ -301,14 +303,15 @@ class _Rewriting:
         for read in site.reads:
             output = self._values[read.attention.output]
             with self._graph.inserting_before(output):
-                new, operands = self._new_tokens(), self._operands(read)
+                operands = self._operands(read)
+                new = self._no_tokens(operands.query) if site.key.kind == "read" else self._new_tokens()
                 out, lse = self._lowering.emit_attend(self._graph, site, operands, new, self._buffers)
                 if operands.sinks is not None:
                     out, lse = canonical.with_sinks(self._graph, out, lse, operands.sinks)
                 heads = self._kv_heads * read.groups
                 out = canonical.output(self._graph, out, read.attention.output_dims, heads, read.groups)
                 attended.append((operands, lse))
-                if read is site.reads[-1]:
+                if read is site.reads[-1] and site.key.kind != "read":
                     self._lowering.emit_update(self._graph, site, *attended[0], new, self._buffers)
             out.meta.setdefault("example_value", output.meta.get("example_value", output.meta.get("val")))
             output.replace_all_uses_with(out)
@@ -349,6 +352,17 @@ class _Rewriting:
             for update in _updates(self._site)
         )
         return NewTokens(key, value)
+
+    def _no_tokens(self, query: Node) -> NewTokens:
+        """The new tokens of a call that only reads the cache."""
+        made = []
+        for update in _updates(self._site):
+            value = fake(update.past)
+            assert value is not None
+            sizes = dict(zip(update.layout, value.shape, strict=True))
+            shape = self._sizes.make((sizes["B"], sizes.get("H", 1), 0, sizes["D"]))
+            made.append(self._graph.call_method("new_empty", (query, shape), {"dtype": value.dtype}))
+        return NewTokens(*made)
 
     def _operands(self, read: Read) -> Operands:
         attention, heads = read.attention, self._kv_heads * read.groups

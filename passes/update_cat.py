@@ -151,7 +151,8 @@ def _looks_like_cache(node: Node, tensors: Any, layout: str | None) -> bool:
     known = layout or "BHTD"[-(rank(node) or 4) :]
     if not any(is_empty(tensor, known) or is_cached_tensor(tensor) for tensor in tensors):
         return layout is not None and _cached(tensors[0], layout)[0] is not None and feeds_attention(node)
-    return bool(output_positions(node)) or feeds_attention(node)
+    returned = any(output_positions(user) for user in node.users if slice_of_tokens(user, known) is not None)
+    return bool(output_positions(node)) or returned or feeds_attention(node)
 
 
 def feeds_attention(node: Node) -> bool:

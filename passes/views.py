@@ -135,6 +135,9 @@ def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
     node = operand
     while node not in sources:
         source = view_input(node)
+        if source is None and node.op == "placeholder":
+            why = "which this graph only reads; compile the call that fills it as well"
+            raise NotAView(f"it comes from the input `{node.name}`, {why}")
         if source is None:
             raise NotAView(f"it comes from `{node.name}`, which is not a recognized cache update or a view of one")
         if not same_kind(node, source):

@@ -224,16 +224,38 @@ def test_a_compressed_cache_meets_a_graph_that_cannot_be_rewritten():
     assert handle.store.fallbacks == {"declined site": 1}
 
 
-def test_cross_attention_of_equal_lengths_is_no_growing_cache():
+@pytest.mark.parametrize("tokens", [9, 200])
+@pytest.mark.parametrize("options", [{"budget": 1.0}, {"tiers": "int4", "window": 0, "sinks": 0}])
+def test_cross_attention_fills_its_cache_once_and_only_reads_it_later(tokens, options):
+    def cross(q, cache, k=None, v=None):
+        if k is not None:
+            cache.append(0, k, v)
+        return F.scaled_dot_product_attention(q, cache.keys[0], cache.values[0])
+
+    dense, cache = Decoder(layers=1).new_cache(), Decoder(layers=1).new_cache()
+    k, v = torch.randn(2, 1, 2, tokens, 8)
+    fast = compiled(cross, **options)
+    with torch.no_grad():
+        for rows in (9, 1, 1):
+            q = torch.randn(1, 2, rows, 8)
+            args = (k, v) if rows == 9 else ()
+            want, got = cross(q, dense, *args), fast(q, cache, *args)
+            torch.testing.assert_close(got, want, atol=1e-5 if "budget" in options else 0.3, rtol=1e-5)
+    assert isinstance(cache.keys[0], KVTensor) and cache.keys[0].shape == k.shape
+    assert not cache.keys[0].store.fallbacks
+    assert [site.phase for site in mikv_compile.graph_reports()[-1].rewritten] == ["read"]
+
+
+def test_an_evicting_plan_leaves_cross_attention_dense():
     def cross(q, k, v, cache):
         cache.append(0, k, v)
         return F.scaled_dot_product_attention(q, cache.keys[0], cache.values[0])
 
     cache = Decoder(layers=1).new_cache()
-    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    k, v = torch.randn(2, 1, 2, 90, 8)
     with torch.no_grad():
-        compiled(cross)(q, k, v, cache)
-    assert type(cache.keys[0]) is torch.Tensor and "cross attention" in declined_reasons()
+        compiled(cross, tiers="fp:0.25", window=4)(torch.randn(1, 2, 3, 8), k, v, cache)
+    assert type(cache.keys[0]) is torch.Tensor and "no guide to an encoder's tokens" in declined_reasons()
 
 
 def test_a_budget_in_bytes_holds_for_every_batch_size():

@@ -35,7 +35,7 @@ EXPECTED = {
     "slice_copy": (FUSED, None),
     "slice_scatter": (FUSED, None),
     "scatter": (FUSED, None),
-    "where_one_hot": (FUSED, ONE_HOT),
+    "where_one_hot": (LEFT_ALONE, None),
     "rolled_ring": (FUSED, None),
     "pre_rope_keys": (DENSE_READ, None),
     "sink_column": (FUSED, None),

@@ -299,13 +299,27 @@ def test_new_tokens_overwritten_later_decline():
     refused("zero_", step, query(heads=H), *step_inputs()[1:])
 
 
-def test_cross_attention_declines_where_its_cache_is_born():
+def test_cross_attention_where_its_cache_is_born():
     def prefill(q, k, v):
         keys = torch.cat([torch.tensor([]), k + 1], -2)
         values = torch.cat([torch.tensor([]), v + 1], -2)
         return sdpa(q, keys, values), keys, values
 
-    refused("cross attention", prefill, query(3, H), new(6), new(6))
+    assert one_site(prefill, query(3, H), new(6), new(6)).born
+
+
+def test_cross_attention_that_reads_a_compressed_cache():
+    gm = capture(lambda q, pk, pv: sdpa(q, pk, pv, enable_gqa=True), query(), past(), past())
+    caches = {node: "BHTD" for node in gm.graph.find_nodes(op="placeholder")[1:]}
+    (site,) = analyze(gm, caches).sites
+    assert (site.key.kind, len(site.reads)) == ("read", 1)
+    assert analyze(gm).sites == ()  # a dense tensor may be anything
+
+
+def test_a_compressed_cache_that_something_else_reads_is_left_alone():
+    gm = capture(lambda q, pk, pv: (sdpa(q, pk, pv, enable_gqa=True), pk.sum()), query(), past(), past())
+    caches = {node: "BHTD" for node in gm.graph.find_nodes(op="placeholder")[1:]}
+    assert analyze(gm, caches).sites == ()
 
 
 def test_attention_without_a_cache_declines():
@@ -313,7 +327,7 @@ def test_attention_without_a_cache_declines():
 
 
 def test_update_without_attention_is_reported():
-    refused("no supported attention", lambda p, k: torch.cat([p, k + 1], -2), past(), new())
+    refused("no attention in this graph", lambda p, k: torch.cat([p, k + 1], -2), past(), new())
 
 
 def test_the_graph_is_not_changed():
