@@ -299,6 +299,8 @@ def _only_read(site: SiteCall, key: Any, value: Any) -> _Step:
     start, end = key.range
     if end != store.end or key.shape[key.kv_layout.index("T")] != end - start:
         raise CannotServe("the call reads a part of what the cache holds")
+    if key.shape[key.kv_layout.index("B")] != store.site.batch:
+        raise CannotServe("the call reads rows that the cache does not hold")
     moves = (0,) * (len(store.counts) - 1)
     orders = Orders(store.length, 0, 0, store.counts, 0, moves, first=start - store.base)
     return _Step(site, store, orders, 0, (key, value))
