@@ -128,19 +128,23 @@ def mask(graph: Graph, attention: Attention, copies: Mapping[Node, Node], heads:
         node = _headed_term(graph, copies[term.node], term, heads, groups)
         if len(attention.terms) == 1 and plain is not None:
             return node
-        bias = _bias(graph, node, term)
-        total = bias if total is None else graph.call_function(torch.add, (total, bias))
+        total = _with_term(graph, total, node, term)
     return total
 
 
-def _bias(graph: Graph, node: Node, term: ScoreTerm) -> Node:
-    """A term as something to add. What replaces a score is so negative that the score does not matter beside it."""
+def _with_term(graph: Graph, total: Node | None, node: Node, term: ScoreTerm) -> Node:
+    """What has to be added to the scores after one more term; `total` is what had to be before it.
+
+    A number that replaces scores is so negative that the score does not matter beside it, so it may be added as well.
+    """
+    before = 0.0 if total is None else total
     if term.kind == "keep":
-        return graph.call_function(torch.where, (node, 0.0, float("-inf")))
+        return graph.call_function(torch.where, (node, before, float("-inf")))
     if term.kind == "fill":
-        values = (0.0, term.value) if term.inverted else (term.value, 0.0)
+        values = (before, term.value) if term.inverted else (term.value, before)
         return graph.call_function(torch.where, (node, *values))
-    return node if term.value == 1.0 else graph.call_function(torch.mul, (node, term.value))
+    bias = node if term.value == 1.0 else graph.call_function(torch.mul, (node, term.value))
+    return bias if total is None else graph.call_function(torch.add, (total, bias))
 
 
 def _headed_term(graph: Graph, node: Node, term: ScoreTerm, heads: int, groups: int) -> Node:

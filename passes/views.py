@@ -341,7 +341,8 @@ _ALIASING = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "de
 def is_alias(node: Node) -> bool:
     """Whether a node is its input under another name: the same memory and shape."""
     source = view_input(node)
-    return source is not None and op_name(node) in _ALIASING and same_kind(node, source) and not node.kwargs.get("copy")
+    copied = node.kwargs.get("copy") or any(item is True for item in node.args[2:])
+    return source is not None and op_name(node) in _ALIASING and same_kind(node, source) and not copied
 
 
 def _is_copy(node: Node) -> bool:
