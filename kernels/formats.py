@@ -293,20 +293,22 @@ class Orders(NamedTuple):
     """Position of the first token that the call sees: column 0 of its mask. Older ones have left a sliding window."""
     fresh: bool = False
     """The store is empty, and the call's own tokens fill it as a prompt does: ``counts`` go to each tier."""
+    stale: int = 0
+    """Columns behind the call's own tokens that hold older ones, which the store has dropped: nobody may see them."""
 
     def encode(self) -> torch.Tensor:
         """The int64 tensor."""
-        head = [self.length, self.sinks, self.recent_from, self.victims, self.first, int(self.fresh)]
+        head = [self.length, self.sinks, self.recent_from, self.victims, self.first, int(self.fresh), self.stale]
         return torch.tensor([*head, *self.counts, *self.moves], dtype=torch.int64)
 
     @classmethod
     def decode(cls, tensor: torch.Tensor, num_tiers: int) -> Orders:
         """Inverse of :meth:`encode`; ``tensor`` is on the CPU."""
-        length, sinks, recent_from, victims, first, fresh, *rest = tensor.tolist()
+        length, sinks, recent_from, victims, first, fresh, stale, *rest = tensor.tolist()
         counts, moves = tuple(rest[:num_tiers]), tuple(rest[num_tiers:])
-        return cls(length, sinks, recent_from, counts, victims, moves, first, bool(fresh))
+        return cls(length, sinks, recent_from, counts, victims, moves, first, bool(fresh), stale)
 
     @classmethod
     def encoded_size(cls, num_tiers: int) -> int:
         """Elements of the int64 tensor."""
-        return 6 + 2 * num_tiers - 1
+        return 7 + 2 * num_tiers - 1

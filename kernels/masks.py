@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 from mikv_compile.kernels.formats import Orders
 
+HIDDEN = -1e4
+"""What is at least this negative in an additive mask hides a column."""
+
 NOTHING = 150.0
 """The exponential of minus this number is 0 in float32, however many columns there are."""
 
@@ -56,6 +59,27 @@ def by_position(mask: torch.Tensor | None, orders: Orders, own: int, device: tor
     if seen is None:
         seen = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=device)
     return F.pad(seen, (orders.first, 0), value=False if seen.dtype == torch.bool else float("-inf"))
+
+
+class StaleColumnsError(RuntimeError):
+    """A call sees columns of a preallocated cache whose tokens the store has dropped, as a ring buffer's does."""
+
+
+def check_stale(mask: torch.Tensor | None, orders: Orders, own: int) -> None:
+    """Make sure that a call does not see the ``orders.stale`` columns behind its own tokens.
+
+    Raises:
+        StaleColumnsError: if it does.
+    """
+    if not orders.stale:
+        return
+    mask = four_dims(mask)
+    columns = orders.length - orders.first + own
+    if mask is not None and mask.shape[3] > 1:
+        rest = mask[..., columns : columns + orders.stale]
+        if not (rest.any() if rest.dtype == torch.bool else (rest > HIDDEN).any()):
+            return
+    raise StaleColumnsError
 
 
 def _matter(columns: torch.Tensor, lse: torch.Tensor) -> bool:

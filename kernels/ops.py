@@ -68,6 +68,7 @@ def _compress(q, k, v, scores, buffers, orders, format):
 def _attend(q, k, v, mask, scale, softcap, buffers, orders, format):
     stored, fmt, told = _typed(buffers, orders, format)
     own, counts = k.shape[2], (0,) * len(fmt.tiers) if told.fresh else told.counts
+    masks.check_stale(mask, told, own)
     seen = masks.by_position(mask, told, own, q.device)
     out, lse = run("attend", q.device, q, k, v, seen, scale, softcap, stored, fmt, counts, told.length)
     return masks.add_unwritten(out, lse, mask, told, own)

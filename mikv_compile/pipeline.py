@@ -58,7 +58,7 @@ def compile_graph(
     declined = [*analysis.declined, *declined, *rewritten.declined]
     _report(analysis, planned, declined, options)
 
-    written = _written_handles(gm, handles)
+    _check_writes(gm, handles)
     asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
     inputs = _make_dense(rewritten, example_inputs)
     if options.lower == "eager":
@@ -66,7 +66,7 @@ def compile_graph(
     else:
         function = _compat.compile_with_inductor(rewritten.gm, inputs, dict(settings))
     calls = [_site_call(p, s, sizes, len(planned)) for p, s in zip(planned, rewritten.sites, strict=True)]
-    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written, asked, calls)
+    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), asked, calls)
 
 
 def _select(
@@ -97,24 +97,19 @@ def _writers(node: Node) -> list[Node]:
     return [u for member in aliases(node) for u in member.users if writes_in_place(u) and u.args[0] is member]
 
 
-def _written_handles(gm: GraphModule, handles: Mapping[Node, Any]) -> list[int]:
-    """Positions of the compressed caches that the graph as it was writes in place.
+def _check_writes(gm: GraphModule, handles: Mapping[Node, Any]) -> None:
+    """Make sure that the compressed caches that the graph as it was writes in place can take such a write.
 
     Raises:
-        MikvError: for a cache that cannot take such a write.
+        MikvError: for a cache that cannot.
     """
-    written: list[int] = []
-    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        writers = _writers(node) if node in handles else []
-        if not writers:
-            continue
-        if not isinstance(handles[node], PreallocatedKV) and not handles[node].is_preallocated:
+    for node, handle in handles.items():
+        writers = _writers(node)
+        if writers and not isinstance(handle, PreallocatedKV) and not handle.is_preallocated:
             raise MikvError(
                 f"`{writers[0].name}` writes into a compressed KV cache ({node.name}) in a way that cannot be "
                 "rewritten; replace the layer's tensors by handle.dequantize() first"
             )
-        written.append(i)
-    return written
 
 
 def _make_dense(rewritten: RewrittenGraph, example_inputs: Sequence[Any]) -> list[Any]:

@@ -629,6 +629,24 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
     return tensor
 
 
+def give_back(tensor: torch.Tensor) -> None:
+    """Turn a taken-over tensor into the dense one that it stands for, in place, and leave it dense from now on."""
+    if isinstance(tensor, PreallocatedKV):
+        dense = padded(tensor)
+        for name in ("store", "role", "kv_layout"):
+            tensor.__dict__.pop(name, None)
+        tensor.__class__ = torch.Tensor  # type: ignore[assignment]
+        tensor.untyped_storage().resize_(dense.untyped_storage().nbytes())
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(dense)
+    tensor._mikv_stays_dense = True  # type: ignore[attr-defined]
+
+
+def stays_dense(tensor: object) -> bool:
+    """Whether a tensor was given back."""
+    return getattr(tensor, "_mikv_stays_dense", False)
+
+
 def make_preallocated(
     store: LayerStore, role: Role, layout: str, capacity: int, rows: int | None = None
 ) -> PreallocatedKV:

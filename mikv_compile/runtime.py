@@ -12,10 +12,11 @@ import torch
 from mikv_compile.errors import CannotServe, MikvError
 from mikv_compile.handle import KVTensor
 from mikv_compile.kernels.formats import Orders
+from mikv_compile.kernels.masks import StaleColumnsError
 from mikv_compile.kernels.store_ops import compress
 from mikv_compile.passes import RewrittenSite
 from mikv_compile.plan import CacheShape, LayerPlan
-from mikv_compile.preallocated import PreallocatedKV, absorb, take_over
+from mikv_compile.preallocated import PreallocatedKV, absorb, give_back, stays_dense, take_over
 from mikv_compile.store import INTERRUPTED, LayerStore, Role, from_layout
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,10 @@ class _Step:
     past: tuple[Any, Any]
     capacity: int | None = None
     """Columns of a preallocated cache."""
+    before: LayerStore | None = None
+    """The store with the tokens that this call drops, if it turns out to see them."""
+    late: bool = False
+    """The dense tensors are handed over after the call, as it may turn out to see what they hold behind its tokens."""
 
 
 class CompressedGraph:
@@ -125,10 +130,19 @@ class CompressedGraph:
             if step.orders not in encoded:
                 encoded[step.orders] = step.orders.encode()
             inputs += [*step.store.buffers, encoded[step.orders]]
+        strict = any(step.orders.stale for step in steps)
+        written = {i: dense[i].clone() for i in self._written & dense.keys()} if strict else {}
         try:
             outputs = list(self._function(*inputs))
             for step in steps:
                 _commit(step, outputs)
+        except StaleColumnsError:
+            _abandon([step for step in steps if step.before is None and not step.late])
+            for step in steps:
+                _keep_dense(step)
+            for i, value in written.items():  # the graph runs again from the start
+                dense[i].copy_(value)
+            return self._run_original(args, CannotServe(_RING))
         except BaseException:
             _abandon(steps)
             raise
@@ -141,19 +155,26 @@ class CompressedGraph:
         if site.rewritten.site.key.kind == "read":
             return _only_read(site, *past)
         _check_rows(site, *past, args)
+        stale, before = 0, None
         if site.rewritten.fills:
             if site.position is not None and site.position(args, new) != 0:
                 raise CannotServe("a cache that is allocated in this call is not filled from its start")
             new = new if site.keep is None else min(new, site.keep)
             store, seen = _emptied(site, *past, args), 0
         elif isinstance(past[0], Handle) and isinstance(past[1], Handle):
+            _check_lengths(*past)
+            stale = _stale_columns(site, past, args, new)
+            before = past[0].store if stale else None
             store, seen = _continued(site, *past, args, new)
         else:
+            stale = _stale_columns(site, past, args, new)
             store, seen = _compressed(site, *past, args, new), 0
-        if site.rewritten.site.key.written is not None and past[0] is not None:
+        late = before is None and stale > 0
+        if site.rewritten.site.key.written is not None and past[0] is not None and not late:
             _hand_over(past, store, site.layout)
         capacity = None if site.capacity is None else site.capacity(args)
-        return _Step(site, store, store.prepare(new, seen, fresh=True), new, past, capacity)
+        orders = store.prepare(new, seen, fresh=True)._replace(stale=stale)
+        return _Step(site, store, orders, new, past, capacity, before, late)
 
     def _run_original(self, args: Sequence[Any], reason: CannotServe) -> tuple[Any, ...]:
         """Run the graph as it was, on dense tensors; preallocated caches take back what it wrote."""
@@ -176,6 +197,8 @@ def _commit(step: _Step, outputs: list[Any]) -> None:
     site, store = step.site, step.store
     if site.rewritten.site.key.kind == "read":
         return
+    if step.late:
+        _hand_over(step.past, store, site.layout)
     store.commit(step.orders, step.new)
     start = store.base + step.orders.first
     if site.keep is not None:
@@ -193,6 +216,62 @@ def _commit(step: _Step, outputs: list[Any]) -> None:
 
 
 _ROLES: tuple[Role, Role] = ("key", "value")
+
+_RING = (
+    "columns behind the new tokens hold older ones that attention sees, as in a ring buffer; the cache stays dense. "
+    "Zero it before it is used again, or hide those columns by the mask"
+)
+
+
+def _check_lengths(key: Handle, value: Handle) -> None:
+    """Leave a preallocated cache dense whose keys and values eager code has filled to different columns."""
+    if isinstance(key, PreallocatedKV) and isinstance(value, PreallocatedKV):
+        lengths = [handle.range[1] - handle.range[0] for handle in (key, value)]
+        if lengths[0] != lengths[1]:
+            give_back(key)
+            give_back(value)
+            raise CannotServe(
+                f"keys were written up to column {lengths[0]} and values up to {lengths[1]}; both go dense"
+            )
+
+
+def _stale_columns(site: SiteCall, past: tuple[Any, Any], args: Sequence[Any], new: int) -> int:
+    """How many columns behind the new tokens hold older ones that attention may see.
+
+    Raises:
+        CannotServe: if nothing tells whether it does.
+    """
+    update, reads = site.rewritten.site.key, site.rewritten.site.reads
+    if not update.tail or (reads and not any(read.whole for read in reads)):
+        return 0
+    if any(map(stays_dense, past)):
+        raise CannotServe(_RING)
+    if isinstance(past[0], Handle):
+        start, end = past[0].range
+        stale = end - start - _columns(site, args, end - start, new)[1] - new
+    else:
+        dim = site.layout.index("T")
+        behind = _columns(site, args, past[0].shape[dim], new)[1] + new
+        rest = [x.narrow(dim, behind, x.shape[dim] - behind) for x in past]
+        stale = rest[0].shape[dim] if any(bool(x.any()) for x in rest) else 0
+    if stale > 0 and not reads:
+        for tensor in past:
+            if not isinstance(tensor, KVTensor):
+                give_back(tensor)
+        raise CannotServe(_RING)
+    return max(stale, 0)
+
+
+def _keep_dense(step: _Step) -> None:
+    """Undo what a call has done to a cache of which it saw columns that were dropped, and leave that cache dense."""
+    if step.before is None and not step.late:
+        return
+    for tensor in step.past:
+        if step.before is not None:
+            tensor.store = step.before
+            step.before.register(tensor)
+        if not isinstance(tensor, KVTensor):
+            give_back(tensor)
 
 
 def _hand_over(past: tuple[Any, Any], store: LayerStore, layout: str) -> None:
@@ -274,7 +353,9 @@ def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], 
     elif site.capacity is None:
         store = store.continued_from((key, value))  # type: ignore[arg-type]
     elif start + stop != end:
-        store = store.for_writing(start + stop)
+        drops = start + stop < end
+        # The call may turn out to see what is dropped here: the store as it was must not change.
+        store = store.moved_on() if drops else store.for_writing(start + stop)
         if stop == 0:
             store.clear()
         elif start + stop < end:

@@ -344,7 +344,7 @@ class LayerStore:
         self.settle()
         stop = handles[0].range[1]
         if any(other.range[1] > stop for other in self._others({id(h) for h in handles})):
-            return self._moved_on().crop(stop - self.base)
+            return self.moved_on().crop(stop - self.base)
         return self.crop(stop - self.base)
 
     def for_writing(self, position: int) -> LayerStore:
@@ -353,9 +353,9 @@ class LayerStore:
         This store itself, unless a living handle of another branch still shows such tokens; then a copy, to which
         preallocated handles move on.
         """
-        return self._moved_on() if any(other.range[1] > position for other in self._others()) else self
+        return self.moved_on() if any(other.range[1] > position for other in self._others()) else self
 
-    def _moved_on(self) -> LayerStore:
+    def moved_on(self) -> LayerStore:
         """A copy that this store's preallocated handles follow from now on."""
         return self.followed_by(self.copy())
 

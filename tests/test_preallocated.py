@@ -551,3 +551,87 @@ def test_reset_and_an_evicting_plan():
         model.v.zero_()
         fast(torch.randn(2, 3, H, D), 0)
         assert model.k.store.site.batch == 2 and model.k.store.length == 3
+
+
+class Buffered(torch.nn.Module):
+    """One layer whose cache is a ring of 8 columns, or has 64 and is used from the start."""
+
+    def __init__(self, columns, ring, masked=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.columns, self.ring, self.masked = columns, ring, masked
+        self.project = torch.nn.Linear(32, 96)
+        for name in "kv":
+            self.register_buffer(name, torch.zeros(1, 2, columns, 16))
+        self.register_buffer("length", torch.zeros((), dtype=torch.long))
+        self.register_buffer("held", torch.full((columns,), -1))
+
+    def forward(self, x):
+        tokens = x.shape[1]
+        position = torch.arange(tokens) + self.length
+        self.length += tokens  # before the attention: a call that starts over must not count twice
+        q, k, v = self.project(x).view(1, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        where = position % self.columns if self.ring else position
+        self.k.index_copy_(2, where, k)
+        self.v.index_copy_(2, where, v)
+        self.held.index_copy_(0, where, position)
+        if not self.masked:
+            return torch.nn.functional.scaled_dot_product_attention(q, self.k, self.v)
+        held = self.held if self.ring else torch.arange(self.columns)
+        mask = (held <= position[:, None]) & (held >= 0) & (held > position[:, None] - self.columns)
+        return torch.nn.functional.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "columns, ring, masked, rewind, stays",
+    [
+        (8, True, True, None, False),
+        (64, False, True, 4, True),
+        (64, False, True, 9, True),
+        (64, False, False, 4, False),
+    ],
+    ids=["ring", "rewound", "started over", "rewound without a mask"],
+)
+def test_writing_before_the_end_is_exact(columns, ring, masked, rewind, stays):
+    """Columns behind the new tokens are dropped only if no mask shows them; a ring buffer goes on dense."""
+    torch._dynamo.reset()
+    dense, model = Buffered(columns, ring, masked), Buffered(columns, ring, masked)
+    fast = torch.compile(model, backend="mikv", options={"budget": 1.0, "lower": "eager"})
+    with torch.no_grad():
+        for step in range(20):
+            if step == 7 and rewind is not None:
+                dense.length.sub_(rewind)
+                model.length.sub_(rewind)
+            x = torch.randn(1, 3 if step in (0, 15) else 1, 32)
+            torch.testing.assert_close(fast(x), dense(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.length, dense.length)
+    assert isinstance(model.k, PreallocatedKV) is stays
+    assert model.k.untyped_storage().nbytes() == (0 if stays else dense.k.nbytes)
+
+
+def test_keys_alone_written_by_eager_code_leave_the_cache_dense_and_right():
+    torch._dynamo.reset()
+    dense, model = Buffered(64, False), Buffered(64, False)
+    fast = torch.compile(model, backend="mikv", options={"budget": 1.0, "lower": "eager"})
+    with torch.no_grad():
+        for step in range(6):
+            if step == 3:
+                dense.k[:, :, 40] = 1.0
+                model.k[:, :, 40] = 1.0
+            x = torch.randn(1, 3 if step == 0 else 1, 32)
+            torch.testing.assert_close(fast(x), dense(x), atol=1e-5, rtol=1e-5)
+    assert type(model.k) is torch.Tensor and torch.equal(model.k[:, :, 40], dense.k[:, :, 40])
+
+
+def test_garbage_behind_the_tokens_of_a_new_cache_is_hidden_by_the_mask():
+    torch._dynamo.reset()
+    dense, model = Buffered(64, False), Buffered(64, False)
+    for m in (dense, model):
+        m.k.fill_(3.0)
+        m.v.fill_(5.0)
+    fast = torch.compile(model, backend="mikv", options={"budget": 1.0, "lower": "eager"})
+    with torch.no_grad():
+        for step in range(4):
+            x = torch.randn(1, 3 if step == 0 else 1, 32)
+            torch.testing.assert_close(fast(x), dense(x), atol=1e-5, rtol=1e-5)
+    assert isinstance(model.k, PreallocatedKV)
