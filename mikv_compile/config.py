@@ -127,6 +127,7 @@ class Options:
                 raise _fail(name, getattr(self, name), "a string")
         if not isinstance(self.inductor, Mapping):
             raise _fail("inductor", self.inductor, "a dict of Inductor options")
+        self._check_tiers()
         if self.budget is not None:
             if self.tiers is not None:
                 raise OptionError("options 'budget' and 'tiers' both choose the tiers; give one of them")
@@ -135,6 +136,11 @@ class Options:
                     raise _fail("budget", self.budget, "more than no bytes")
             elif not _is_number(self.budget) or not 0 < self.budget <= 1:
                 raise _fail("budget", self.budget, "a fraction above 0 and at most 1, or a size such as '2GiB'")
+
+    def _check_tiers(self) -> None:
+        from mikv_compile.plan import check_tiers
+
+        check_tiers(self)
 
     def resolved(self, name: str, default: Any) -> Any:
         """An option's value: as given, else the preset's, else ``default``."""

@@ -59,9 +59,12 @@ class KVTensor(torch.Tensor):
     ) -> KVTensor:
         """Handle of the tokens at absolute positions [start, stop) of a store (all that are to be seen by default).
 
+        With a capacity and a stop, the handle goes on showing these tokens; with a capacity alone it follows its store.
+
         Raises:
             MikvError: for a layout that the store cannot have, or a range that it does not hold.
         """
+        follows = capacity is not None and stop is None
         start = store.start if start is None else start
         stop = store.end if stop is None else stop
         if capacity is None and not store.base <= start <= stop <= store.end:
@@ -70,7 +73,7 @@ class KVTensor(torch.Tensor):
         self = _compat.make_wrapper(cls, shape, store.site.dtype, store.device)
         self.store, self.role, self.anchor, self._plan = store, role, store.anchor, store.plan
         self.kv_layout, self.is_preallocated = layout, capacity is not None
-        self._range = None if capacity is not None else (start, stop)
+        self._range = None if follows else (start, stop)
         store.register(self)
         if capacity is None:
             # The length changes in every step: without this, the second step compiles once more.
@@ -116,7 +119,17 @@ class KVTensor(torch.Tensor):
         if self.store is None:
             super().__setitem__(index, value)
         else:
+            self._detach_range()
             set_item(self, index, value)
+
+    def _detach_range(self) -> None:
+        """Before a write to a preallocated cache that shows fixed tokens: give it a store of its own to follow."""
+        if not self.is_preallocated or self._range is None:
+            return
+        shared, (start, stop) = self._real_store("a write"), self._range
+        own = shared.copy().crop(stop - shared.base)
+        own.start, self.store, self._range = start, own, None
+        own.register(self)
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """Repeat batch rows on the compressed data; torch would split the operation into views and a copy."""
@@ -178,6 +191,9 @@ class KVTensor(torch.Tensor):
         written = _written(func, args, kwargs)
         if any(not handle.is_preallocated for handle in written):
             raise refused(str(func))
+        for handle in written:
+            if handle.store is not None:
+                handle._detach_range()
         if written:
             return write_through(func, args, kwargs, written)
         if first is not None and first.store is not None and func.is_view:
@@ -330,11 +346,8 @@ def _slice(
         return _same(handle)
     store = handle._real_store("slice")
     if dim % handle.dim() == handle.kv_layout.index("T") and step == 1:
-        if start >= end:
-            shape = shape_in(store, handle.role, handle.kv_layout, 0)
-            return torch.empty(shape, dtype=handle.dtype, device=store.device)
         first = handle.range[0]
-        return KVTensor(store, handle.role, handle.kv_layout, first + start, first + end)
+        return KVTensor(store, handle.role, handle.kv_layout, first + start, first + max(start, end))
     if handle._is_batch(dim):
         rows = torch.arange(start, end, step, device=store.device)
 

@@ -101,6 +101,13 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
     return tuple(tiers)
 
 
+def check_tiers(options: Options) -> None:
+    """Raise OptionError if the options name tiers that do not exist."""
+    if options.tiers is not None:
+        parse_tiers(options.tiers)
+    _parse_layers(options.layers)
+
+
 def _parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
     chosen: dict[int, tuple[Tier, ...]] = {}
     for entry in (text or "").split(";"):

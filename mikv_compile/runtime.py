@@ -209,8 +209,10 @@ def _commit(step: _Step, outputs: list[Any]) -> None:
         for place in places:
             if in_place:
                 outputs[place] = past
-            elif step.capacity is not None:
+            elif site.rewritten.site.key.written is not None:
                 outputs[place] = KVTensor(store, role, site.layout, capacity=step.capacity)
+            elif step.capacity is not None:  # a changed copy: the one before goes on showing what it showed
+                outputs[place] = KVTensor(store, role, site.layout, start, store.end, step.capacity)
             else:
                 outputs[place] = KVTensor(store, role, site.layout, start)
 
@@ -352,6 +354,10 @@ def _continued(site: SiteCall, key: Handle, value: Handle, args: Sequence[Any], 
         store = store.emptied(site.shape(args))
     elif site.capacity is None:
         store = store.continued_from((key, value))  # type: ignore[arg-type]
+    elif site.rewritten.site.key.written is None and start + stop <= end:
+        drops = start + stop < end
+        store = store.copy() if drops else store.continued_from((key, value))  # type: ignore[arg-type]
+        store.crop(start + stop - store.base)
     elif start + stop != end:
         drops = start + stop < end
         # The call may turn out to see what is dropped here: the store as it was must not change.

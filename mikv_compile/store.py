@@ -29,6 +29,11 @@ INTERRUPTED = (
 )
 
 
+def _follows(handle: KVTensor | PreallocatedKV) -> bool:
+    """Whether a handle shows whatever its store holds, instead of the same tokens forever."""
+    return handle.is_preallocated and getattr(handle, "_range", None) is None
+
+
 class LayerStore:
     """Rectangular tiers of one layer: every (batch row, KV head) holds the same number of tokens in a tier.
 
@@ -326,12 +331,12 @@ class LayerStore:
     def _others(self, mine: Collection[int] = ()) -> list[KVTensor | PreallocatedKV]:
         """Living handles that show a fixed range of tokens, except those with these ids."""
         alive = [(key, reference()) for key, reference in list(self._handles.items())]
-        return [h for key, h in alive if h is not None and key not in mine and not h.is_preallocated]
+        return [h for key, h in alive if h is not None and key not in mine and not _follows(h)]
 
     def _followers(self) -> list[KVTensor | PreallocatedKV]:
         """Living handles of preallocated caches that show this store."""
         alive = [reference() for reference in list(self._handles.values())]
-        return [h for h in alive if h is not None and h.is_preallocated and h.store is self]
+        return [h for h in alive if h is not None and _follows(h) and h.store is self]
 
     def continued_from(self, handles: tuple[KVTensor | PreallocatedKV, ...]) -> LayerStore:
         """The store that a call may append to, given the handles that it was called with.

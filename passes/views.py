@@ -136,6 +136,8 @@ def trace_to_source(operand: Node, sources: Mapping[Node, str]) -> ViewPath:
     while node not in sources:
         source = view_input(node)
         if source is None and node.op == "placeholder":
+            if in_place_writers(node):
+                raise NotAView(f"it comes from the input `{node.name}`, which is written in a way that is not known")
             why = "which this graph only reads; compile the call that fills it as well"
             raise NotAView(f"it comes from the input `{node.name}`, {why}")
         if source is None:

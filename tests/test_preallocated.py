@@ -635,3 +635,39 @@ def test_garbage_behind_the_tokens_of_a_new_cache_is_hidden_by_the_mask():
             x = torch.randn(1, 3 if step == 0 else 1, 32)
             torch.testing.assert_close(fast(x), dense(x), atol=1e-5, rtol=1e-5)
     assert isinstance(model.k, PreallocatedKV)
+
+
+def test_changed_copies_of_a_cache_are_branches():
+    """`index_copy` returns another cache; the one before, and others made of it, go on showing what they showed."""
+
+    def step(x, keys, values, start):
+        tokens = x.shape[1]
+        q, k, v = x.view(1, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        position = torch.arange(tokens) + start
+        keys, values = keys.index_copy(2, position, k), values.index_copy(2, position, v)
+        mask = torch.arange(64) <= position[:, None]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask), (keys, values)
+
+    def play(step):
+        generator = torch.Generator().manual_seed(1)
+        outputs = []
+
+        def call(past, tokens, start):
+            out, past = step(torch.randn(1, tokens, 96, generator=generator), *past, start)
+            outputs.append(out)
+            return past
+
+        first = call((torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16)), 5, 0)
+        left, right = call(first, 1, 5), call(first, 1, 5)
+        call(left, 1, 6)
+        call(right, 1, 3)
+        call(right, 1, 6)
+        call(first, 1, 5)
+        return outputs + [x + 0 for past in (first, left, right) for x in past], left[0]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want, _ = play(step)
+        got, handle = play(torch.compile(step, backend="mikv", options={"budget": 1.0, "lower": "eager"}))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert isinstance(handle, KVTensor) and handle.is_preallocated

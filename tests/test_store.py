@@ -550,3 +550,13 @@ def test_orders_say_where_the_view_starts():
     store.append(tokens, tokens)
     orders = store.prepare(1, first=7)
     assert (orders.first, orders.length, orders.fresh) == (7, 30, False)
+
+
+def test_a_cache_cropped_to_nothing_starts_again():
+    _, fast, cache, _ = filled()
+    dense = Decoder().new_cache()
+    cache.keys, cache.values = [k[:, :, :0] for k in cache.keys], [v[:, :, :0] for v in cache.values]
+    xs = inputs([5, 1, 1], seed=7)
+    got, want = run(fast, cache, xs), run(Decoder(), dense, xs)
+    assert cache.keys[0].shape[2] == 7 and isinstance(cache.keys[0], KVTensor)
+    assert (got[-1] - want[-1]).abs().max() < 0.1
