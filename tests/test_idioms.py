@@ -156,7 +156,7 @@ def test_the_cache_becomes_handles(name):
 
 @pytest.mark.parametrize("name", ["nanogpt", "cat"])
 def test_a_first_call_without_cat_is_taken_over_by_the_second(name):
-    """Where `past is None`, keys are returned as they are, and nothing but the next call shows that they are a cache."""
+    """Where `past is None`, keys are returned as they are; only the next call shows that they are a cache."""
     model = make(name)
     fast = Session(model, torch.compile(model, backend="mikv", options=INT4))
     fast.feed(torch.arange(40).view(2, 20))
