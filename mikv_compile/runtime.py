@@ -330,7 +330,8 @@ def _shaped(value: Any) -> Any:
 
 def _columns(site: SiteCall, args: Sequence[Any], visible: int, new: int) -> tuple[int, int]:
     """The columns of the past that the call sees: `[first, stop)`, with the new tokens at `stop`."""
-    first = site.first(args)
+    # Where the model reads the past densely, it drops columns itself.
+    first = site.first(args) if site.rewritten.site.reads else 0
     stop = visible if site.position is None else site.position(args, new)
     columns = visible if site.capacity is None else site.capacity(args)
     stop = max(stop + columns, 0) if stop < 0 else stop
