@@ -671,3 +671,25 @@ def test_changed_copies_of_a_cache_are_branches():
         got, handle = play(torch.compile(step, backend="mikv", options={"budget": 1.0, "lower": "eager"}))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert isinstance(handle, KVTensor) and handle.is_preallocated
+
+
+def test_a_rolled_window_that_is_read_densely():
+    """The model rolls what it is given, so what it is given must not be rolled already."""
+
+    def step(x, keys, values):
+        q, k, v = x.view(1, 1, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        for cache, new in ((keys, k), (values, v)):
+            rolled = cache.roll(-1, dims=-2)
+            rolled[:, :, torch.tensor([-1])] = new
+            cache.copy_(rolled)
+        return F.scaled_dot_product_attention(q, keys, values) + keys[:, :, :2].sum()
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend="mikv", options={"budget": 1.0, "lower": "eager"})
+    keys, values = torch.randn(2, 1, 2, 8, 16)
+    copies = keys.clone(), values.clone()
+    with torch.no_grad():
+        for _ in range(12):
+            x = torch.randn(1, 1, 96)
+            torch.testing.assert_close(fast(x, *copies), step(x, keys, values), atol=1e-5, rtol=1e-5)
+    assert isinstance(copies[0], PreallocatedKV) and graph_reports()[-1].rewritten[0].reads == "dense"
