@@ -257,10 +257,8 @@ def _stale_columns(site: SiteCall, past: tuple[Any, Any], args: Sequence[Any], n
         rest = [x.narrow(dim, behind, x.shape[dim] - behind) for x in past]
         stale = rest[0].shape[dim] if any(bool(x.any()) for x in rest) else 0
     if stale > 0 and not reads:
-        for tensor in past:
-            if not isinstance(tensor, KVTensor):
-                give_back(tensor)
-        raise CannotServe(_RING)
+        # Nothing tells what the model sees of them, so it gets them: exact, but each such call compresses again.
+        raise CannotServe("columns behind the new tokens hold older ones, and the model reads the cache densely")
     return max(stale, 0)
 
 

@@ -584,12 +584,7 @@ class Buffered(torch.nn.Module):
 
 @pytest.mark.parametrize(
     "columns, ring, masked, rewind, stays",
-    [
-        (8, True, True, None, False),
-        (64, False, True, 4, True),
-        (64, False, True, 9, True),
-        (64, False, False, 4, False),
-    ],
+    [(8, True, True, None, False), (64, False, True, 4, True), (64, False, True, 9, True), (64, False, False, 4, True)],
     ids=["ring", "rewound", "started over", "rewound without a mask"],
 )
 def test_writing_before_the_end_is_exact(columns, ring, masked, rewind, stays):
