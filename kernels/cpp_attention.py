@@ -18,6 +18,9 @@ from mikv_compile.kernels.formats import LayerFormat, SideBuffers, SideFormat, S
 _FLOAT_KINDS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
 """Name of a floating-point side in ``attention.cpp`` (``Kind``); a coded side goes by its bits."""
 
+_SOURCES = ("vector.h", "attention_common.h", "attention_unpacked.h", "attention_codes.h", "attention.cpp")
+"""Joined to one text, so that the cache of compiled libraries, which goes by the text, sees every change."""
+
 _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 
 
@@ -25,7 +28,8 @@ _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 def _kernel() -> Callable[[int, float, float], int]:
     """The compiled entry point; built on first use."""
     try:
-        source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
+        folder = Path(__file__).parent
+        source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
         function = load_cpp_library(source, "attention").mikv_attend
     except (OSError, RuntimeError, AttributeError) as error:
         raise BuildError(str(error)) from error
