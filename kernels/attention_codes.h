@@ -14,28 +14,19 @@ namespace {
 
 constexpr int64_t kFewRows = 8;  // packed query rows up to which this pays
 
-// Codes are read less their middle where that is cheap, so that sums of them cancel less: in a table lookup for up to 4
-// bits, by a subtraction for 8 bits, whose sums are the largest.
-#if defined(__AVX512F__)
-constexpr bool kHasTable = true;
-#else
-constexpr bool kHasTable = false;
-#endif
-
-constexpr float middle_of(int kind) {
-  return kind == 8 ? 128.0f : kHasTable && kind < 8 ? static_cast<float>((1 << kind) - 1) / 2 : 0.0f;
-}
+// Codes are read less their middle, so that sums of them cancel less: by a table lookup, which is free, or a subtraction.
+constexpr int middle_of(int kind) { return 1 << (kind - 1); }
 
 // The low kBits bits of each lane as a number, less the middle.
 template <int kBits>
 inline Vec code_values(VecI codes) {
 #if defined(__AVX512F__)
   Vec table;
-  for (int i = 0; i < kLanes; ++i) table[i] = static_cast<float>(i & ((1 << kBits) - 1)) - middle_of(kBits);
+  for (int i = 0; i < kLanes; ++i) table[i] = static_cast<float>((i & ((1 << kBits) - 1)) - middle_of(kBits));
   // The permutation looks at the low four bits only.
   return reinterpret_cast<Vec>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512>(table)));
 #else
-  return __builtin_convertvector(codes & ((1 << kBits) - 1), Vec);
+  return __builtin_convertvector((codes & ((1 << kBits) - 1)) - middle_of(kBits), Vec);
 #endif
 }
 
@@ -57,7 +48,7 @@ struct CodeChunk {
 
   template <int kPlane>
   Vec plane() const {
-    if constexpr (kKind == 8) return __builtin_convertvector(bytes - 128, Vec);
+    if constexpr (kKind == 8) return __builtin_convertvector(bytes - middle_of(8), Vec);
     return code_values<kKind>(bytes >> (kPlane * kKind));
   }
 };
@@ -217,7 +208,6 @@ void token_params(const Planes& planes, const Side& side, int64_t at, int64_t n,
   };
   gather(side.scales + at, scales);
   gather(side.zeros + at, zeros);
-  if (middle == 0.0f) return;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t i = 0; i < padded; i += kLanes) {
       float* zero = zeros + g * kTile + i;
@@ -400,7 +390,7 @@ void score_tile(const Side& side, const Planes& planes, int64_t b, int64_t h, in
   const int64_t q_stride = planes.vectors * kLanes, padded = round_up(n, kLanes);
   const int64_t params = b * side.param_batch_stride + h * side.param_head_stride;
   const bool coded = is_coded(static_cast<int>(side.kind)), by_block = coded && side.tokens > 1;
-  const float middle = middle_of(static_cast<int>(side.kind));
+  const float middle = coded ? static_cast<float>(middle_of(static_cast<int>(side.kind))) : 0.0f;
   const float* q = mine.q;
   if (by_block) {
     const int64_t at = params + begin / side.tokens * side.param_block_stride;
@@ -451,7 +441,7 @@ void add_tile(const Side& side, const Planes& planes, int64_t b, int64_t h, int6
   const bool coded = is_coded(static_cast<int>(side.kind));
   if (coded) {
     const int64_t at = b * side.param_batch_stride + h * side.param_head_stride + begin * side.param_block_stride;
-    const float middle = middle_of(static_cast<int>(side.kind));
+    const float middle = coded ? static_cast<float>(middle_of(static_cast<int>(side.kind))) : 0.0f;
     token_params(planes, side, at, n, middle, mine.raw, mine.scales, mine.zeros);
     for (int64_t g = 0; g < planes.groups; ++g)
       for (int64_t r = 0; r < rows; ++r) {
