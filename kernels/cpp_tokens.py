@@ -17,7 +17,7 @@ import torch
 
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
 from mikv_compile.kernels.dispatch import NotCovered
-from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, TierBuffers, TierFormat
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, TierBuffers, TierFormat
 
 _APPEND = Struct("=16q")
 """Fields of ``struct Call`` that an append changes: keys, values, start, count, first position, own scores."""
@@ -39,7 +39,7 @@ def _library() -> dict[str, Callable[[int], int]]:
     """The compiled entry points; built on first use."""
     library = build("tokens", exact=True)
     functions = {}
-    for name in ("write_tokens", "read_tokens", "copy_slots"):
+    for name in ("write_tokens", "read_tokens", "copy_slots", "demote"):
         function = getattr(library, f"mikv_{name}")
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int
@@ -222,6 +222,32 @@ def _channels(codes: torch.Tensor, bits: int) -> int:
 
 def _score_rows(scores: torch.Tensor) -> tuple[int, int, int]:
     return _rows(scores, torch.float32) if scores.numel() else _NO_ROWS
+
+
+def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots; see :func:`store_ops.demote`.
+
+    Raises:
+        NotCovered: a dtype, device or layout that only the reference takes.
+        BuildError: the kernel cannot be compiled here.
+    """
+    balancer = _balancer(fmt, buffers.balancer)
+    _need_own_scales(fmt.tiers[0])
+    victims = orders.victims
+    if not 0 <= victims <= used <= buffers.tiers[0].capacity or sum(orders.moves) > victims:
+        raise NotCovered(f"{victims} victims, of which {orders.moves} go to lower tiers, of {used} tokens")
+    tiers = list(_tier_fields(buffers.tiers[0], fmt.tiers[0]))
+    lower = zip(buffers.tiers[1:], fmt.tiers[1:], orders.counts[1:], orders.moves, strict=True)
+    for tier, tier_fmt, start, count in lower:
+        if count:
+            _need_room(tier, tier_fmt, start, count)
+        tiers += _tier_fields(tier, tier_fmt, start, count)
+    batch, heads, _ = buffers.tiers[0].positions.shape
+    header = _header(
+        batch, heads, key_dim, value_dim, balancer, len(fmt.tiers),
+        count=used, demotion=(victims, orders.sinks, orders.recent_from), scores=_rows(buffers.scores, torch.float32),
+    )  # fmt: skip
+    _call("demote", header, tiers)
 
 
 class AppendPlan:

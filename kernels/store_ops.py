@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.dispatch import REFERENCE, run
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
@@ -60,8 +60,20 @@ def compress(
         stop -= count
 
 
-def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
-    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes."""
+def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes.
+
+    Victims have the lowest scores; among equals, the oldest. What stays moves from the end of tier 0 into the holes, in
+    the order of slots; what moves down is stored in the order of positions.
+
+    Args:
+        buffers: of a store that has scores; tier 0 has its scales per token.
+        fmt: the store's format.
+        orders: ``victims``, ``sinks``, ``recent_from``, ``moves`` (whole blocks of each lower tier) and, for where
+            the lower tiers end, ``counts``.
+        used: slots in use of tier 0 now.
+        key_dim, value_dim: D_k and D_v.
+    """
     tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
     device = tier.positions.device
     balancer = buffers.balancer if fmt.is_balanced else None
@@ -97,6 +109,9 @@ def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, 
     run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
 
 
+REFERENCE["demote"] = demote
+
+
 def append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -118,7 +133,7 @@ def append(
     if fmt.has_scores:
         buffers.scores[:, :, used : used + own] = 0.0 if own_scores is None else own_scores
     if orders.victims:
-        _demote(buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
+        run("demote", k.device, buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
 
 
 def update(

@@ -625,8 +625,115 @@ int copy_slots(const Call& call) {
   return status;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Demotion (store_ops.py).
+
+struct Candidate {
+  float score;
+  int32_t position;
+  int64_t slot;
+};
+
+// The least important first; older first among equals.
+inline bool by_score(const Candidate& a, const Candidate& b) {
+  return a.score != b.score ? a.score < b.score : a.position < b.position;
+}
+
+inline bool by_position(const Candidate& a, const Candidate& b) { return a.position < b.position; }
+
+// A score as demotion compares it: what is held back is above all others, and so is NaN.
+inline float protected_score(float score, bool held) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  if (held || score != score) return kInf;
+  return std::min(std::max(score, -kMax), kMax);
+}
+
+struct DemoteWorkspace {
+  Workspace read, write;
+  float *keys, *values;  // [tokens moved at a time, D]
+  Candidate* candidates;  // [slots in use]
+  uint8_t* leaves;        // [slots in use]
+};
+
+// Tokens moved at a time: whole blocks of the lower tier.
+inline int64_t moved_at_once(const Tier& tier) {
+  return round_up(16, least_common_multiple(tier.key.tokens, tier.value.tokens));
+}
+
+inline void move_down(const Call& call, const Head& head, const Head& lower, const Tier& tier,
+                      const Candidate* tokens, const DemoteWorkspace& w) {
+  const int64_t step = moved_at_once(tier);
+  for (int64_t begin = 0; begin < tier.count; begin += step) {
+    const int64_t n = std::min(step, tier.count - begin), slot = tier.start + begin;
+    auto move = [&](const HeadSide& from, const HeadSide& to, float* rows) {
+      Reader reader(from, w.read);
+      for (int64_t i = 0; i < n; ++i) reader.read(tokens[begin + i].slot, rows + i * from.dim);
+      write_side(to, slot, n, {reinterpret_cast<uint8_t*>(rows), kFloat32, from.dim * 4, nullptr}, w.write);
+    };
+    move(head.key, lower.key, w.keys);
+    move(head.value, lower.value, w.values);
+    for (int64_t i = 0; i < n; ++i) lower.positions[slot + i] = tokens[begin + i].position;
+  }
+}
+
+int demote(const Call& call) {
+  const Tier& tier = call.tiers[0];
+  const int64_t items = call.batch * call.heads, used = call.count, victims = call.victims;
+  int64_t block = 1, moved = 1;
+  for (int64_t i = 1; i < call.num_tiers; ++i) {
+    block = std::max({block, call.tiers[i].key.tokens, call.tiers[i].value.tokens});
+    moved = std::max(moved, moved_at_once(call.tiers[i]));
+  }
+  const int64_t numbers = items * (victims * (call.key_dim + call.value_dim) + used * 16);
+  const int64_t threads = threads_for(call, items, numbers);
+  const Scratch scratch(threads, [&](Arena& arena) {
+    DemoteWorkspace w;
+    w.read = carve(arena, call, 0);
+    w.write = carve(arena, call, block);
+    w.keys = arena.take<float>(moved * call.key_dim);
+    w.values = arena.take<float>(moved * call.value_dim);
+    w.candidates = arena.take<Candidate>(used);
+    w.leaves = arena.take<uint8_t>(used);
+    return w;
+  });
+  if (!scratch) return kNoMemory;
+  for_each_item(items, threads, scratch, [&](int64_t item, const DemoteWorkspace& w) {
+    const int64_t b = item / call.heads, h = item % call.heads;
+    const Head head(call, tier, b, h);
+    float* scores = call.scores.of(b, h);
+    for (int64_t i = 0; i < used; ++i) {
+      const int32_t position = head.positions[i];
+      const bool held = position < call.sinks || position >= call.recent_from;
+      w.candidates[i] = {protected_score(scores[i], held), position, i};
+      w.leaves[i] = 0;
+    }
+    std::partial_sort(w.candidates, w.candidates + victims, w.candidates + used, by_score);
+    for (int64_t i = 0; i < victims; ++i) w.leaves[w.candidates[i].slot] = 1;
+
+    // The best victims go to tier 1, the next to tier 2, and so on; what is left over is evicted.
+    Candidate* stop = w.candidates + victims;
+    for (int64_t i = 1; i < call.num_tiers; ++i) {
+      const Tier& lower = call.tiers[i];
+      stop -= lower.count;
+      std::sort(stop, stop + lower.count, by_position);
+      move_down(call, head, Head(call, lower, b, h), lower, stop, w);
+    }
+
+    // As many victims lie below `kept` as survivors above it.
+    const Mover mover(head, scores);
+    const int64_t kept = used - victims;
+    for (int64_t hole = 0, from = kept; hole < kept; ++hole) {
+      if (!w.leaves[hole]) continue;
+      while (w.leaves[from]) ++from;
+      mover.copy(from++, hole);
+    }
+  });
+  return kDone;
+}
+
 }  // namespace
 
+extern "C" int mikv_demote(const void* call) { return demote(*static_cast<const Call*>(call)); }
 extern "C" int mikv_write_tokens(const void* call) { return write_tokens(*static_cast<const Call*>(call)); }
 extern "C" int mikv_read_tokens(const void* call) { return read_tokens(*static_cast<const Call*>(call)); }
 extern "C" int mikv_copy_slots(const void* call) { return copy_slots(*static_cast<const Call*>(call)); }

@@ -11,8 +11,8 @@ import weakref
 import pytest
 import torch
 
-from mikv_compile.kernels import cpp_common, cpp_tokens, dispatch, tokens
-from mikv_compile.kernels.formats import LayerFormat, SideFormat, StoreBuffers, TierFormat, buffer_shapes
+from mikv_compile.kernels import cpp_common, cpp_tokens, dispatch, store_ops, tokens
+from mikv_compile.kernels.formats import LayerFormat, Orders, SideFormat, StoreBuffers, TierFormat, buffer_shapes
 
 pytestmark = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"
@@ -197,10 +197,11 @@ TIERS = [
 ]
 
 
-def filled(text, dim, value_dim, counts, dtype=torch.float32, batch=2, heads=3):
-    """A store whose tiers hold ``counts`` tokens at shuffled positions, and scores with ties."""
+def filled(text, dim, value_dim, counts, dtype=torch.float32, more=None, batch=2, heads=3):
+    """A store whose tiers hold ``counts`` tokens at shuffled positions, with room for ``more``; scores with ties."""
     fmt = LayerFormat.parse(text)
-    capacities = [(count // tier.block + 3) * tier.block for count, tier in zip(counts, fmt.tiers, strict=True)]
+    most = [a + b for a, b in zip(counts, more or [0] * len(counts), strict=True)]
+    capacities = [(count // tier.block + 3) * tier.block for count, tier in zip(most, fmt.tiers, strict=True)]
     store = poisoned(fmt, capacities, dim, value_dim, batch, heads, dtype)
     order = torch.rand(batch, heads, sum(counts)).argsort(dim=2).int()
     start = 0
@@ -376,6 +377,20 @@ def test_append_plan_keeps_no_tensor_alive():
     assert codes() is None and not plan.serves(other)
 
 
+def test_demotion_that_the_kernel_does_not_take():
+    fmt, store = filled("8:t1c16,8:t1c16|4:t64c1,2:t1c16", 16, 16, [100, 64], more=[0, 64])
+    before = copy_of(store)
+    blocks = LayerFormat((TierFormat(side("8:t2c16"), side("8:t1c16")), fmt.tiers[1]))
+    for victims, moves, used, text in ((3, (3,), 100, fmt), (101, (64,), 100, fmt), (64, (128,), 100, fmt),
+                                       (64, (64,), 1000, fmt), (64, (64,), 100, blocks)):  # fmt: skip
+        with pytest.raises(dispatch.NotCovered):
+            cpp_tokens.demote(store, text, Orders(164, 4, 100, (100, 64), victims, moves), used, 16, 16)
+    full = Orders(164, 4, 100, (100, store.tiers[1].capacity), 64, (64,))
+    with pytest.raises(dispatch.NotCovered):
+        cpp_tokens.demote(store, fmt, full, 100, 16, 16)
+    assert_same_bits(store, before)
+
+
 def test_build_failure_falls_back_with_one_warning(monkeypatch):
     def fail(source, name, exact):
         raise RuntimeError("no compiler here")
@@ -415,3 +430,45 @@ def test_rounding_to_half_precision(dtype):
     store = poisoned(fmt, [x.shape[2]], 16, 16, 1, 1)
     cpp_tokens.write_tokens(store.tiers[0], fmt.tiers[0], 0, x, x, None, 0, None, None)
     assert torch.equal(bits(store.tiers[0].key.codes, False), bits(x.to(dtype), False))
+
+
+ONE, THREE = "8:t1c64,8:t1c64", "8:t1c16b,4:t1c8|4:t16c1b,fp16|2:t1c16,2:t32c4"
+# format, D_k, D_v, tokens of each tier, victims, moves, sinks, the newest tokens that are held
+DEMOTIONS = [
+    (f"{ONE}|4:t64c1,2:t1c64", 64, 64, [210, 128], 64, [64], 4, 64),
+    (f"{ONE}|4:t64c1,2:t1c64", 128, 64, [130, 0], 128, [128], 0, 0),
+    (f"{ONE}|4:t64c1,2:t1c64", 64, 64, [64, 64], 64, [64], 4, 30),  # all leave, the held ones last
+    (f"{ONE}|fp,fp", 64, 64, [63, 5], 7, [7], 4, 16),
+    ("fp,fp|8:t1c80,3:t1c16", 80, 16, [63, 5], 39, [39], 0, 9),
+    (THREE, 16, 16, [100, 32, 64], 70, [16, 32], 3, 20),  # the others are evicted
+    (THREE, 16, 16, [100, 32, 64], 50, [0, 32], 3, 20),
+    (THREE, 16, 16, [100, 32, 64], 9, [0, 0], 90, 100),  # more are held than may stay
+    ("8:t1c16,8:t1c16+scored", 16, 32, [50], 1, [], 4, 10),
+    ("bf16,4:t1c1+scored", 16, 8, [50], 50, [], 4, 10),
+    ("4:t1c16,4:t1c16+scored", 16, 32, [50], 0, [], 4, 10),
+    ("8:t1c16,8:t1c16|4:t1c16,4:t1c16", 16, 16, [400, 3], 300, [299], 4, 32),  # several chunks
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", DEMOTIONS, ids=lambda case: f"{case[0]}-{case[4]}")
+def test_demote(case, dtype, threads):
+    torch.manual_seed(0)
+    text, dim, value_dim, counts, victims, moves, sinks, newest = case
+    fmt, store = filled(text, dim, value_dim, counts, dtype, [0, *moves])
+    used, length = counts[0], sum(counts)
+    # Whatever a score may be: zeros of both signs and infinities are equals of others, NaN is above all.
+    odd = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, torch.finfo(torch.float32).max])
+    scores = store.scores[:, :, :used]
+    which = torch.randint(0, 40, scores.shape)
+    scores.copy_(torch.where(which < len(odd), odd[which.clamp(max=len(odd) - 1)], scores))
+    orders = Orders(length, sinks, length - newest, tuple(counts), victims, tuple(moves))
+    expected = copy_of(store)
+    with dispatch.use("reference"):
+        store_ops.demote(expected, fmt, orders, used, dim, value_dim)
+    before = copy_of(store)
+    for number in (1, 2):
+        threads(number)
+        store = copy_of(before)
+        cpp_tokens.demote(store, fmt, orders, used, dim, value_dim)
+        assert_same_bits(store, expected)
