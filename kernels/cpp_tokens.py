@@ -1,4 +1,4 @@
-"""Write, read, move and demote tokens on the CPU: hands addresses to ``tokens.cpp``.
+"""Select, write, read, move and demote tokens on the CPU: hands addresses to ``tokens.cpp``.
 
 What is stored equals the references bit by bit, for any number of threads. (Two things that no number shows may differ:
 which NaN it is, and the sign of a zero point where a group's minimum is both 0 and -0.)
@@ -39,7 +39,7 @@ def _library() -> dict[str, Callable[[int], int]]:
     """The compiled entry points; built on first use."""
     library = build("tokens", exact=True)
     functions = {}
-    for name in ("write_tokens", "read_tokens", "copy_slots", "demote"):
+    for name in ("write_tokens", "read_tokens", "copy_slots", "select_tokens", "demote"):
         function = getattr(library, f"mikv_{name}")
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int
@@ -54,9 +54,9 @@ def _check(status: int) -> None:
         raise IndexError("a token or slot is out of range")
 
 
-def _call(name: str, header: Sequence[int], tiers: Sequence[int]) -> None:
+def _call(name: str, *parts: Sequence[int]) -> None:
     """Run an entry point. The tensors whose addresses it gets have to stay alive until this returns."""
-    fields = array("q", [*header, *tiers])
+    fields = array("q", [field for part in parts for field in part])
     _check(_library()[name](fields.buffer_info()[0]))
 
 
@@ -222,6 +222,25 @@ def _channels(codes: torch.Tensor, bits: int) -> int:
 
 def _score_rows(scores: torch.Tensor) -> tuple[int, int, int]:
     return _rows(scores, torch.float32) if scores.numel() else _NO_ROWS
+
+
+def select_tokens(scores: torch.Tensor, orders: Orders) -> Sequence[torch.Tensor]:
+    """Which of a prompt's tokens go to each tier; see :func:`store_ops.select_tokens`.
+
+    Raises:
+        NotCovered: scores of another dtype or device, or fewer of them than tokens are to be chosen.
+        BuildError: the kernel cannot be compiled here.
+    """
+    batch, heads, tokens = scores.shape
+    chosen = sum(orders.counts)
+    if chosen > tokens or scores.dtype is not torch.float32 or len(orders.counts) > 255:
+        raise NotCovered(f"{chosen} of {tokens} tokens by scores of {scores.dtype}")
+    scores = _input_rows(scores, torch.float32)
+    found = torch.empty((batch, heads, chosen), dtype=torch.int64, device="cpu")
+    fields = (*_rows(scores, torch.float32), *_rows(found, torch.int64), batch, heads, tokens)
+    limits = (orders.sinks, orders.recent_from, torch.get_num_threads(), len(orders.counts))
+    _call("select_tokens", fields, limits, orders.counts)
+    return found.split(orders.counts, dim=2)
 
 
 def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:

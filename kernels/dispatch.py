@@ -1,7 +1,7 @@
 """Which implementation of a primitive runs: Triton on GPUs, C++ on the CPU where there is one, else plain PyTorch.
 
-A primitive is a function with a reference in :mod:`tokens` or :mod:`attention`, or in :mod:`store_ops` where the
-reference is itself composed of primitives. Another implementation is a function with the same signature, registered
+A primitive is a function with a reference in :mod:`tokens` or :mod:`attention`, or in :mod:`store_ops` where
+it is about a whole store. Another implementation is a function with the same signature, registered
 here by one line in ``_IMPLEMENTATIONS``; it may raise :class:`NotCovered` for arguments that it does not take, and the
 reference runs instead.
 """
@@ -44,6 +44,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "write_tokens": "mikv_compile.kernels.cpp_tokens",
         "read_tokens": "mikv_compile.kernels.cpp_tokens",
         "copy_slots": "mikv_compile.kernels.cpp_tokens",
+        "select_tokens": "mikv_compile.kernels.cpp_tokens",
         "demote": "mikv_compile.kernels.cpp_tokens",
         "attend": "mikv_compile.kernels.cpp_attention",
     },

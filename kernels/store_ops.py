@@ -22,6 +22,26 @@ def _protect(scores: torch.Tensor, positions: torch.Tensor, orders: Orders) -> t
     return scores.nan_to_num(nan=float("inf")).masked_fill(held, float("inf"))
 
 
+def select_tokens(scores: torch.Tensor, orders: Orders) -> list[torch.Tensor]:
+    """Which of a prompt's tokens go to each tier: the highest scores to tier 0, the next to tier 1, and so on.
+
+    Args:
+        scores: [B, H_kv, T] float32; among equals the older token ranks lower.
+        orders: ``counts`` tokens go to each tier, what is left over to none; ``sinks``, ``recent_from``.
+
+    Returns:
+        for each tier [B, H_kv, count] int64, ascending.
+    """
+    tokens = scores.shape[2]
+    positions = torch.arange(tokens, device=scores.device).expand_as(scores)
+    order = _protect(scores, positions, orders).argsort(dim=2, stable=True)
+    chosen, stop = [], tokens
+    for count in orders.counts:
+        chosen.append(order[:, :, stop - count : stop].sort(dim=2).values)
+        stop -= count
+    return chosen
+
+
 def compress(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -48,16 +68,11 @@ def compress(
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    positions = torch.arange(tokens, device=k.device).expand(*k.shape[:2], -1)
-    # Ascending and stable: among equals the older token ranks lower.
-    order = _protect(scores, positions, orders).argsort(dim=2, stable=True)
-    stop = tokens
-    for i, (tier, tier_fmt, count) in enumerate(zip(buffers.tiers, fmt.tiers, orders.counts, strict=True)):
-        index = order[:, :, stop - count : stop].sort(dim=2).values
+    chosen = run("select_tokens", k.device, scores, orders)
+    for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
         run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer)
         if i == 0 and fmt.has_scores:
-            buffers.scores[:, :, :count] = scores.gather(2, index)
-        stop -= count
+            buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
 
 
 def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
@@ -109,6 +124,7 @@ def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, k
     run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
 
 
+REFERENCE["select_tokens"] = select_tokens
 REFERENCE["demote"] = demote
 
 

@@ -1,4 +1,4 @@
-// Write, read, move and demote the tokens of a store, on the CPU. Called by cpp_tokens.py through ctypes; the text of
+// Select, write, read, move and demote the tokens of a store, on the CPU. Called by cpp_tokens.py through ctypes; the text of
 // vector.h stands before this one.
 //
 // What is stored equals the reference (tokens.py, quantize.py) bit by bit: the same float32 operations in the same
@@ -626,7 +626,70 @@ int copy_slots(const Call& call) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Demotion (store_ops.py).
+// Selection and demotion (store_ops.py).
+
+// A score as tokens are ranked by it: what is held back is above all others, and so is NaN.
+inline float protected_score(float score, int64_t position, int64_t sinks, int64_t recent_from) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  if (position < sinks || position >= recent_from || score != score) return kInf;
+  return std::min(std::max(score, -kMax), kMax);
+}
+
+struct Selection {
+  Rows<const float> scores;  // [B, H, T]
+  Rows<int64_t> chosen;      // [B, H, sum of counts]: tier after tier, ascending within each
+  int64_t batch, heads, tokens, sinks, recent_from, threads;
+  int64_t num_tiers;
+  int64_t counts[1];  // num_tiers of them
+};
+static_assert(sizeof(Selection) == 14 * 8, "layout is mirrored in cpp_tokens.py");
+
+// Numbers that are ordered as (score, token) are.
+inline uint64_t rank_of(float score, int64_t token) {
+  score += 0.0f;  // -0 becomes 0
+  const uint32_t bits = load<uint32_t>(&score);
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(token);
+}
+
+struct SelectionWorkspace {
+  uint64_t* ranks;  // [tokens]
+  uint8_t* tiers;   // [tokens]: 0 for none, or 1 + the tier
+  int64_t** ends;   // [1 + tiers]: where each tier's next token goes
+};
+
+int select_tokens(const Selection& call) {
+  const int64_t items = call.batch * call.heads, tokens = call.tokens;
+  const int64_t threads = std::max<int64_t>(std::min({call.threads, items, items * tokens * 16 / kMinWork}), 1);
+  const Scratch scratch(threads, [&](Arena& arena) {
+    SelectionWorkspace w;
+    w.ranks = arena.take<uint64_t>(tokens);
+    w.tiers = arena.take<uint8_t>(tokens);
+    w.ends = arena.take<int64_t*>(1 + call.num_tiers);
+    return w;
+  });
+  if (!scratch) return kNoMemory;
+  for_each_item(items, threads, scratch, [&](int64_t item, const SelectionWorkspace& w) {
+    const int64_t b = item / call.heads, h = item % call.heads;
+    const float* scores = call.scores.of(b, h);
+    for (int64_t t = 0; t < tokens; ++t) {
+      w.ranks[t] = rank_of(protected_score(scores[t], t, call.sinks, call.recent_from), t);
+      w.tiers[t] = 0;
+    }
+    int64_t* to = call.chosen.of(b, h);
+    uint64_t* stop = w.ranks + tokens;
+    for (int64_t i = 0; i < call.num_tiers; ++i) {
+      uint64_t* begin = stop - call.counts[i];
+      if (begin != w.ranks && begin != stop) std::nth_element(w.ranks, begin, stop);
+      for (; stop != begin; --stop) w.tiers[static_cast<uint32_t>(stop[-1])] = static_cast<uint8_t>(i + 1);
+      w.ends[i + 1] = to;
+      to += call.counts[i];
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      if (w.tiers[t]) *w.ends[w.tiers[t]]++ = t;
+  });
+  return kDone;
+}
 
 struct Candidate {
   float score;
@@ -640,13 +703,6 @@ inline bool by_score(const Candidate& a, const Candidate& b) {
 }
 
 inline bool by_position(const Candidate& a, const Candidate& b) { return a.position < b.position; }
-
-// A score as demotion compares it: what is held back is above all others, and so is NaN.
-inline float protected_score(float score, bool held) {
-  constexpr float kMax = std::numeric_limits<float>::max();
-  if (held || score != score) return kInf;
-  return std::min(std::max(score, -kMax), kMax);
-}
 
 struct DemoteWorkspace {
   Workspace read, write;
@@ -703,8 +759,8 @@ int demote(const Call& call) {
     float* scores = call.scores.of(b, h);
     for (int64_t i = 0; i < used; ++i) {
       const int32_t position = head.positions[i];
-      const bool held = position < call.sinks || position >= call.recent_from;
-      w.candidates[i] = {protected_score(scores[i], held), position, i};
+      const float score = protected_score(scores[i], position, call.sinks, call.recent_from);
+      w.candidates[i] = {score, position, i};
       w.leaves[i] = 0;
     }
     std::partial_sort(w.candidates, w.candidates + victims, w.candidates + used, by_score);
@@ -733,6 +789,7 @@ int demote(const Call& call) {
 
 }  // namespace
 
+extern "C" int mikv_select_tokens(const void* call) { return select_tokens(*static_cast<const Selection*>(call)); }
 extern "C" int mikv_demote(const void* call) { return demote(*static_cast<const Call*>(call)); }
 extern "C" int mikv_write_tokens(const void* call) { return write_tokens(*static_cast<const Call*>(call)); }
 extern "C" int mikv_read_tokens(const void* call) { return read_tokens(*static_cast<const Call*>(call)); }

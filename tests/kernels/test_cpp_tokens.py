@@ -432,6 +432,42 @@ def test_rounding_to_half_precision(dtype):
     assert torch.equal(bits(store.tiers[0].key.codes, False), bits(x.to(dtype), False))
 
 
+ODD = (0.0, -0.0, math.nan, math.inf, -math.inf, torch.finfo(torch.float32).max)
+"""Zeros of both signs and infinities are equals of other scores, NaN is above all."""
+
+
+def with_odd(scores):
+    """Some scores replaced by odd ones."""
+    which = torch.randint(0, 40, scores.shape)
+    return torch.where(which < len(ODD), torch.tensor(ODD)[which.clamp(max=len(ODD) - 1)], scores)
+
+
+@pytest.mark.parametrize("counts", [(63,), (50,), (6, 50), (7, 32, 24), (0, 63), (63, 0), (5, 0, 9), (0, 0)])
+def test_select_tokens(counts, threads):
+    torch.manual_seed(0)
+    scores = with_odd(torch.randint(-9, 20, (2, 3, 63)) / 8)
+    for sinks, recent_from in ((0, 63), (4, 50), (40, 30)):
+        orders = Orders(0, sinks, recent_from, counts, 0, (0,) * (len(counts) - 1))
+        want = store_ops.select_tokens(scores, orders)
+        for given in (scores, laid_out(scores[..., None], "BTHD")[..., 0], torch.stack([scores] * 2, -1)[..., 0]):
+            found = cpp_tokens.select_tokens(given, orders)
+            assert len(found) == len(want)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    with pytest.raises(dispatch.NotCovered):
+        cpp_tokens.select_tokens(scores[..., : sum(counts) - 1] if sum(counts) else scores.double(), orders)
+
+
+def test_select_tokens_of_a_long_prompt(threads):
+    torch.manual_seed(0)
+    scores = with_odd(torch.rand(1, 3, 5000).to(torch.bfloat16).float())
+    orders = Orders(0, 4, 4936, (300, 2048, 1024), 0, (0, 0))
+    want = store_ops.select_tokens(scores, orders)
+    for number in (1, 2):
+        threads(number)
+        found = cpp_tokens.select_tokens(scores, orders)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 ONE, THREE = "8:t1c64,8:t1c64", "8:t1c16b,4:t1c8|4:t16c1b,fp16|2:t1c16,2:t32c4"
 # format, D_k, D_v, tokens of each tier, victims, moves, sinks, the newest tokens that are held
 DEMOTIONS = [
@@ -457,11 +493,8 @@ def test_demote(case, dtype, threads):
     text, dim, value_dim, counts, victims, moves, sinks, newest = case
     fmt, store = filled(text, dim, value_dim, counts, dtype, [0, *moves])
     used, length = counts[0], sum(counts)
-    # Whatever a score may be: zeros of both signs and infinities are equals of others, NaN is above all.
-    odd = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, torch.finfo(torch.float32).max])
     scores = store.scores[:, :, :used]
-    which = torch.randint(0, 40, scores.shape)
-    scores.copy_(torch.where(which < len(odd), odd[which.clamp(max=len(odd) - 1)], scores))
+    scores.copy_(with_odd(scores))
     orders = Orders(length, sinks, length - newest, tuple(counts), victims, tuple(moves))
     expected = copy_of(store)
     with dispatch.use("reference"):
