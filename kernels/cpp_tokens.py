@@ -15,8 +15,9 @@ from struct import Struct
 
 import torch
 
+from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
-from mikv_compile.kernels.dispatch import NotCovered
+from mikv_compile.kernels.dispatch import BuildError, NotCovered
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, TierBuffers, TierFormat
 
 _APPEND = Struct("=16q")
@@ -283,8 +284,7 @@ class AppendPlan:
         key_dim, value_dim: D_k and D_v.
 
     Raises:
-        NotCovered: a dtype, device or layout that the kernel does not take, or slots of tier 0 that share scales;
-            :func:`store_ops.append` takes all.
+        NotCovered: a dtype, device or layout that the kernel does not take, or slots of tier 0 that share scales.
         BuildError: the kernel cannot be compiled here.
     """
 
@@ -361,3 +361,18 @@ class AppendPlan:
             start, count, first_position, *scores,
         )  # fmt: skip
         _check(self._kernel(self._address))
+
+
+def append_plan(buffers: StoreBuffers, fmt: LayerFormat, key_dim: int, value_dim: int) -> AppendPlan | None:
+    """A plan for a store, or None where the primitive ``write_tokens`` has to be run instead.
+
+    That is so on other devices and with other kernels, for what the kernel does not take, and without a compiler; the
+    primitive warns of the latter, once.
+    """
+    device = buffers.tiers[0].positions.device
+    if dispatch.backend_for(device) != "cpp" or ("cpp", "write_tokens") in dispatch._failed:
+        return None
+    try:
+        return AppendPlan(buffers, fmt, key_dim, value_dim)
+    except (NotCovered, BuildError):
+        return None

@@ -391,6 +391,18 @@ def test_demotion_that_the_kernel_does_not_take():
     assert_same_bits(store, before)
 
 
+def test_append_plan_where_the_kernel_serves(monkeypatch):
+    fmt, store = filled("8:t1c16,8:t1c16", 16, 16, [9])
+    blocks = LayerFormat.parse("8:t64c1,8:t1c16")
+    monkeypatch.setattr(dispatch, "_forced", None)
+    assert cpp_tokens.append_plan(store, fmt, 16, 16).serves(store)
+    assert cpp_tokens.append_plan(poisoned(blocks, [64], 16, 16), blocks, 16, 16) is None
+    with dispatch.use("reference"):
+        assert cpp_tokens.append_plan(store, fmt, 16, 16) is None
+    monkeypatch.setattr(dispatch, "_failed", {("cpp", "write_tokens")})
+    assert cpp_tokens.append_plan(store, fmt, 16, 16) is None
+
+
 def test_build_failure_falls_back_with_one_warning(monkeypatch):
     def fail(source, name, exact):
         raise RuntimeError("no compiler here")
@@ -405,6 +417,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     cpp_tokens._library.cache_clear()
     try:
         with dispatch.use("cpp"):
+            assert cpp_tokens.append_plan(store, fmt, 16, 16) is None
             for start in (9, 10):
                 dispatch.run("write_tokens", k.device, store.tiers[0], fmt.tiers[0], start, k, k, None, 9, None, None)
         with pytest.raises(dispatch.BuildError, match="no compiler here"):
