@@ -7,6 +7,15 @@
 // log-sum-exp. How tiles are cut into ranges depends on shapes alone, so the result has the same bits for any number of
 // threads.
 
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <utility>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace {
 
 // How a call is cut into work items; a function of shapes alone.

@@ -6,20 +6,13 @@ import ctypes
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
-from mikv_compile._compat import load_cpp_library
 from mikv_compile.kernels.attention import pack_rows
-from mikv_compile.kernels.dispatch import BuildError, NotCovered
-from mikv_compile.kernels.formats import LayerFormat, SideBuffers, SideFormat, StoreBuffers
-
-_FLOAT_KINDS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
-"""Name of a floating-point side in ``attention.cpp`` (``Kind``); a coded side goes by its bits."""
-
-_SOURCES = ("vector.h", "attention_common.h", "attention_unpacked.h", "attention_codes.h", "attention.cpp")
-"""Joined to one text, so that the cache of compiled libraries, which goes by the text, sees every change."""
+from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
+from mikv_compile.kernels.dispatch import NotCovered
+from mikv_compile.kernels.formats import LayerFormat, StoreBuffers
 
 _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 
@@ -27,43 +20,10 @@ _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 @lru_cache(maxsize=1)
 def _kernel() -> Callable[[int, float, float], int]:
     """The compiled entry point; built on first use."""
-    try:
-        folder = Path(__file__).parent
-        source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
-        function = load_cpp_library(source, "attention").mikv_attend
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise BuildError(str(error)) from error
+    function = build("attention").mikv_attend
     function.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
     function.restype = ctypes.c_int
     return function
-
-
-def _side_fields(side: SideBuffers, fmt: SideFormat) -> tuple[int, ...]:
-    """``struct Side`` of attention.cpp: kind, grouping, addresses and strides of the keys or values of a tier."""
-    codes, scales, zeros = side
-    batch_stride, head_stride, slot_stride, channel_stride = codes.stride()
-    if channel_stride != 1:
-        raise NotCovered("channels of a buffer are not contiguous")
-    if fmt.is_float:
-        kind = _FLOAT_KINDS.get(codes.dtype)
-        if kind is None:
-            raise NotCovered(f"buffers of {codes.dtype}")
-        return kind, 1, 1, codes.data_ptr(), batch_stride, head_stride, slot_stride, 0, 0, 0, 0, 0
-    strides = scales.stride()
-    if zeros.stride() != strides or strides[3] != 1:
-        raise NotCovered("scales and zeros are laid out differently")
-    return (
-        fmt.bits,
-        fmt.tokens,
-        fmt.channels,
-        codes.data_ptr(),
-        batch_stride,
-        head_stride,
-        slot_stride,
-        scales.data_ptr(),
-        zeros.data_ptr(),
-        *strides[:3],
-    )
 
 
 def _own_fields(x: torch.Tensor) -> tuple[int, ...]:
@@ -85,7 +45,7 @@ def _mask_fields(
         return None, (_NO_MASK, 0, 0, 0, 0, 0)
     if mask.dtype is torch.bool:
         kind = _BOOL_MASK
-    elif mask.dtype in _FLOAT_KINDS:
+    elif mask.dtype in FLOAT_KINDS:
         kind, mask = _FLOAT_MASK, mask.float()
     else:
         raise NotCovered(f"mask of {mask.dtype}")
@@ -126,7 +86,7 @@ def attend(
         NotCovered: a dtype, device or layout that only the reference takes.
         BuildError: the kernel cannot be compiled here.
     """
-    if not q.is_cpu or q.dtype not in _FLOAT_KINDS:
+    if not q.is_cpu or q.dtype not in FLOAT_KINDS:
         raise NotCovered(f"queries of {q.dtype} on {q.device}")
     kernel = _kernel()
     batch, heads, rows, key_dim = q.shape
@@ -144,8 +104,8 @@ def attend(
         batch_stride, head_stride, slot_stride = positions.stride()
         if slot_stride != 1:
             raise NotCovered("positions of a tier are not contiguous")
-        tiers += _side_fields(tier.key, tier_fmt.key)
-        tiers += _side_fields(tier.value, tier_fmt.value)
+        tiers += side_fields(tier.key, tier_fmt.key)
+        tiers += side_fields(tier.value, tier_fmt.value)
         tiers += (positions.data_ptr(), batch_stride, head_stride, 0, count, tier_fmt.key.balanced)
     # Tensors whose addresses the kernel gets stay referenced by locals until it returns.
     own_k, own_v = _as_float(k), _as_float(v)

@@ -1,8 +1,9 @@
 """Which implementation of a primitive runs: Triton on GPUs, C++ on the CPU where there is one, else plain PyTorch.
 
-A primitive is a function with a reference in :mod:`tokens` or :mod:`attention`. Another implementation is a function
-with the same signature, registered here by one line in ``_IMPLEMENTATIONS``; it may raise :class:`NotCovered` for
-arguments that it does not take, and the reference runs instead.
+A primitive is a function with a reference in :mod:`tokens` or :mod:`attention`, or in :mod:`store_ops` where
+it is about a whole store. Another implementation is a function with the same signature, registered
+here by one line in ``_IMPLEMENTATIONS``; it may raise :class:`NotCovered` for arguments that it does not take, and the
+reference runs instead.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "add_scores": "mikv_compile.kernels.triton_attention",
         "column_sums": "mikv_compile.kernels.triton_attention",
     },
-    "cpp": {"attend": "mikv_compile.kernels.cpp_attention"},
+    "cpp": {
+        "write_tokens": "mikv_compile.kernels.cpp_tokens",
+        "read_tokens": "mikv_compile.kernels.cpp_tokens",
+        "copy_slots": "mikv_compile.kernels.cpp_tokens",
+        "select_tokens": "mikv_compile.kernels.cpp_tokens",
+        "demote": "mikv_compile.kernels.cpp_tokens",
+        "attend": "mikv_compile.kernels.cpp_attention",
+    },
 }
 
 _forced: str | None = os.environ.get("MIKV_KERNELS") or None
@@ -81,7 +89,8 @@ def backend_for(device: torch.device) -> str:
 def run(primitive: str, device: torch.device, *args):
     """Call a primitive on the best implementation for ``device``.
 
-    A kernel that cannot be built is replaced by the reference for the rest of the process, with one warning.
+    A kernel that cannot be built is replaced by the reference for the rest of the process. The first of a backend
+    leaves a warning.
     """
     backend = backend_for(device)
     module = _IMPLEMENTATIONS.get(backend, {}).get(primitive)
@@ -92,8 +101,10 @@ def run(primitive: str, device: torch.device, *args):
         except NotCovered as reason:
             log.debug("%s %s: reference instead, %s", backend, primitive, reason)
         except BuildError as error:
+            # Where one kernel cannot be built, the others mostly cannot either, for the same reason.
+            tell = log.debug if any(name == backend for name, _ in _failed) else log.warning
             _failed.add((backend, primitive))
-            log.warning("%s kernel %s could not be built, plain PyTorch runs instead: %s", backend, primitive, error)
+            tell("%s kernel %s could not be built, plain PyTorch runs instead: %s", backend, primitive, error)
     return REFERENCE[primitive](*args)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.dispatch import REFERENCE, run
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
@@ -20,6 +20,26 @@ def _protect(scores: torch.Tensor, positions: torch.Tensor, orders: Orders) -> t
     """Scores with sinks and recent tokens lifted above all others. NaN counts as most important: never dropped."""
     held = (positions < orders.sinks) | (positions >= orders.recent_from)
     return scores.nan_to_num(nan=float("inf")).masked_fill(held, float("inf"))
+
+
+def select_tokens(scores: torch.Tensor, orders: Orders) -> list[torch.Tensor]:
+    """Which of a prompt's tokens go to each tier: the highest scores to tier 0, the next to tier 1, and so on.
+
+    Args:
+        scores: [B, H_kv, T] float32; among equals the older token ranks lower.
+        orders: ``counts`` tokens go to each tier, what is left over to none; ``sinks``, ``recent_from``.
+
+    Returns:
+        for each tier [B, H_kv, count] int64, ascending.
+    """
+    tokens = scores.shape[2]
+    positions = torch.arange(tokens, device=scores.device).expand_as(scores)
+    order = _protect(scores, positions, orders).argsort(dim=2, stable=True)
+    chosen, stop = [], tokens
+    for count in orders.counts:
+        chosen.append(order[:, :, stop - count : stop].sort(dim=2).values)
+        stop -= count
+    return chosen
 
 
 def compress(
@@ -48,20 +68,27 @@ def compress(
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    positions = torch.arange(tokens, device=k.device).expand(*k.shape[:2], -1)
-    # Ascending and stable: among equals the older token ranks lower.
-    order = _protect(scores, positions, orders).argsort(dim=2, stable=True)
-    stop = tokens
-    for i, (tier, tier_fmt, count) in enumerate(zip(buffers.tiers, fmt.tiers, orders.counts, strict=True)):
-        index = order[:, :, stop - count : stop].sort(dim=2).values
+    chosen = run("select_tokens", k.device, scores, orders)
+    for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
         run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer)
         if i == 0 and fmt.has_scores:
-            buffers.scores[:, :, :count] = scores.gather(2, index)
-        stop -= count
+            buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
 
 
-def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
-    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes."""
+def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+    """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes.
+
+    Victims have the lowest scores; among equals, the oldest. What stays moves from the end of tier 0 into the holes, in
+    the order of slots; what moves down is stored in the order of positions.
+
+    Args:
+        buffers: of a store that has scores; tier 0 has its scales per token.
+        fmt: the store's format.
+        orders: ``victims``, ``sinks``, ``recent_from``, ``moves`` (whole blocks of each lower tier) and, for where
+            the lower tiers end, ``counts``.
+        used: slots in use of tier 0 now.
+        key_dim, value_dim: D_k and D_v.
+    """
     tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
     device = tier.positions.device
     balancer = buffers.balancer if fmt.is_balanced else None
@@ -97,6 +124,10 @@ def _demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, 
     run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
 
 
+REFERENCE["select_tokens"] = select_tokens
+REFERENCE["demote"] = demote
+
+
 def append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -118,7 +149,7 @@ def append(
     if fmt.has_scores:
         buffers.scores[:, :, used : used + own] = 0.0 if own_scores is None else own_scores
     if orders.victims:
-        _demote(buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
+        run("demote", k.device, buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
 
 
 def update(

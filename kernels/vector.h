@@ -1,47 +1,35 @@
-// Vectors of the widest register, for the CPU kernels. Their sources are joined to one text before they are compiled.
+// SIMD helpers of the CPU kernels. cpp_common.py joins this text and that of a kernel to one source.
 //
-// SIMD is written with the vector extensions of GCC and Clang, with few intrinsics: the same source serves AVX-512, AVX2,
-// NEON and plain SSE. Inductor's flags switch loop vectorization off, so plain loops would stay scalar.
+// Vectors are those of GCC and Clang, as wide as a register, so the same source serves AVX-512, AVX2, NEON and plain
+// SSE. Inductor's flags switch loop vectorization off, so plain loops would stay scalar. Intrinsics stand only where
+// GCC 12 takes the portable form apart into scalars.
 
-#include <algorithm>
-#include <cmath>
+#ifndef MIKV_VECTOR_H
+#define MIKV_VECTOR_H
+
 #include <cstdint>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace {
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kAccumulators = 16;  // of 32 registers
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
-constexpr int kAccumulators = 8;  // of 16 registers
-#elif defined(__aarch64__)
-constexpr int kLanes = 4;
-constexpr int kAccumulators = 16;  // of 32 registers
 #else
 constexpr int kLanes = 4;
-constexpr int kAccumulators = 8;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
-
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
-
 
 template <class T, class S>
 inline T load(const S* from) {
@@ -50,19 +38,18 @@ inline T load(const S* from) {
   return x;
 }
 
-inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof(x)); }
-
-// n <= kLanes numbers, and 0 beyond.
-inline Vec load_some(const float* from, int64_t n) {
-  if (n >= kLanes) return load<Vec>(from);
-  float some[kLanes] = {};
-  std::memcpy(some, from, n * sizeof(float));
-  return load<Vec>(some);
+template <class T, class S>
+inline void store(S* to, T x) {
+  std::memcpy(to, &x, sizeof(x));
 }
 
 inline Vec splat(float x) { return x - Vec{}; }
 
-// kLanes unsigned integers of 8 or 16 bits as int32. (GCC 12 takes the portable form apart into scalars.)
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Between integers of 8, 16 and 32 bits.
+
 inline VecI widen_bytes(const uint8_t* from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<VecI>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
@@ -83,14 +70,34 @@ inline VecI widen_halves(const uint16_t* from) {
 #endif
 }
 
-// The same for n < kLanes of them, and 0 beyond.
-inline VecI widen_some_bytes(const uint8_t* from, int64_t n) {
-  uint8_t some[kLanes] = {};
-  std::memcpy(some, from, n);
-  return widen_bytes(some);
+// Numbers from 0 to 255.
+inline void narrow_to_bytes(uint8_t* to, VecI x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+  const __m256i wide = reinterpret_cast<__m256i>(x);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+#else
+  store(to, __builtin_convertvector(x, VecB));
+#endif
 }
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// Numbers from 0 to 65535.
+inline void narrow_to_halves(uint16_t* to, VecU x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+  const __m256i wide = reinterpret_cast<__m256i>(x);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+#else
+  store(to, __builtin_convertvector(x, VecH));
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Lanes.
 
 // Lane i of the result is lane I[i] of the concatenation (a, b).
 template <int... I>
@@ -102,100 +109,22 @@ inline Vec shuffle(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-template <int kFirst, int... I>
-inline Vec every_other(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return shuffle(a, b, std::integer_sequence<int, (2 * I + kFirst)...>{});
-}
-
-// Lanes kFirst, kFirst + 2, ... of the concatenation (a, b).
-template <int kFirst>
-inline Vec every_other(Vec a, Vec b) {
-  return every_other<kFirst>(a, b, std::make_integer_sequence<int, kLanes>{});
-}
-
 template <int kStep, int... I>
-inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  Vec low = shuffle(a, b, std::integer_sequence<int, ((I & kStep) ? kLanes + I - kStep : I)...>{});
-  Vec high = shuffle(a, b, std::integer_sequence<int, ((I & kStep) ? kLanes + I : I + kStep)...>{});
-  return low + high;
+inline Vec swap_lanes(Vec x, std::integer_sequence<int, I...>) {
+  return shuffle(x, x, std::integer_sequence<int, (I ^ kStep)...>{});
 }
 
-// One level of the reduction tree below.
-template <int kStep>
-inline void fold_all(Vec* v) {
-  if constexpr (kStep < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * kStep)
-      v[i] = fold<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes>{});
-    fold_all<kStep * 2>(v);
-  }
-}
-
-// Lane i of the result is the sum of the lanes of v[i]: kLanes horizontal sums for kLanes - 1 folds.
-inline Vec lane_sums(Vec* v) {
-  fold_all<1>(v);
-  return v[0];
-}
-
-inline float lane_max(Vec x) {
-  float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-inline float lane_sum(Vec x) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
-inline float sum_of(const float* from, int64_t n) {
-  Vec sum{};
-  for (int64_t i = 0; i < n; i += kLanes) sum += load_some(from + i, n - i);
-  return lane_sum(sum);
-}
-
-// exp(x) for x <= 0 to about 1 ulp (the polynomial of Cephes expf); exactly 0 below the normal range, NaN for NaN.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const VecI underflow = x < splat(-87.3f);
-  Vec t = x * 1.44269504088896341f + rounder;
-  Vec n = t - rounder;
-  Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // 2^n from its exponent bits: t holds n in its low bits.
-  VecI power = (load<VecI>(&t) - load<VecI>(&rounder) + 127) << 23;
-  return underflow ? Vec{} : p * load<Vec>(&power);
-}
-
-// tanh(x) to a few ulp: a quotient of polynomials that reaches 1 at the bound (the coefficients are Eigen's).
-inline Vec tanh_of(Vec x) {
-  const Vec bound = splat(7.90531110763549805f);
-  x = x > bound ? bound : x;  // not min and max: NaN passes
-  x = x < -bound ? -bound : x;
-  const Vec x2 = x * x;
-  Vec p = splat(-2.76076847742355e-16f);
-  p = p * x2 + 2.00018790482477e-13f;
-  p = p * x2 - 8.60467152213735e-11f;
-  p = p * x2 + 5.12229709037114e-08f;
-  p = p * x2 + 1.48572235717979e-05f;
-  p = p * x2 + 6.37261928875436e-04f;
-  p = p * x2 + 4.89352455891786e-03f;
-  Vec q = splat(1.19825839466702e-06f);
-  q = q * x2 + 1.18534705686654e-04f;
-  q = q * x2 + 2.26843463243900e-03f;
-  q = q * x2 + 4.89352518554385e-03f;
-  return x * p / q;
+// All lanes joined by an associative and commutative operation.
+template <int kStep = 1, class Op>
+inline float join_lanes(Vec x, const Op& op) {
+  if constexpr (kStep < kLanes)
+    return join_lanes<kStep * 2>(op(x, swap_lanes<kStep>(x, std::make_integer_sequence<int, kLanes>{})), op);
+  else
+    return x[0];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Half precision.
+// Half precision. Floats are rounded to the nearest, ties to even, as torch does.
 
 inline float half_to_float(uint16_t h) {
   // Rebiasing by a multiplication is right for subnormals, too; infinities and NaNs need the float exponent 255.
@@ -207,30 +136,34 @@ inline float half_to_float(uint16_t h) {
   return load<float>(&result);
 }
 
+inline uint16_t float_to_half(float x) {
+  uint32_t bits = load<uint32_t>(&x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t result;
+  if (bits >= 0x47800000u) {  // 65536 and above
+    result = bits > 0x7f800000u ? 0x7e00 : 0x7c00;
+  } else if (bits < 0x38800000u) {
+    // Subnormal: the last place of numbers from 0.5 on is that of subnormal halves, so the sum is rounded as needed.
+    const float sum = load<float>(&bits) + 0.5f;
+    result = load<uint32_t>(&sum) - 0x3f000000u;
+  } else {
+    result = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000u) >> 13;  // a carry leads to the next exponent, or infinity
+  }
+  return static_cast<uint16_t>(sign | result);
+}
+
 inline float bfloat_to_float(uint16_t h) {
   uint32_t bits = static_cast<uint32_t>(h) << 16;
   return load<float>(&bits);
 }
 
-// kLanes numbers of half precision.
-inline Vec widen_float16(const uint16_t* from) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif defined(__AVX__) && defined(__F16C__)
-  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(from[i]);
-  return x;
-#endif
+inline uint16_t float_to_bfloat(float x) {
+  const uint32_t bits = load<uint32_t>(&x);
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline Vec widen_bfloat16(const uint16_t* from) {
-  const VecI bits = widen_halves(from) << 16;
-  return load<Vec>(&bits);
-}
-
-void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
+inline void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16)
@@ -243,13 +176,38 @@ void halves_to_floats(const uint16_t* from, int64_t n, float* to) {
   for (; i < n; ++i) to[i] = half_to_float(from[i]);
 }
 
-void bfloats_to_floats(const uint16_t* from, int64_t n, float* to) {
+inline void floats_to_halves(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    VecI bits = widen_halves(from + i) << 16;
-    store(to + i, load<Vec>(&bits));
-  }
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) to[i] = float_to_half(from[i]);
+}
+
+inline void bfloats_to_floats(const uint16_t* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, widen_halves(from + i) << 16);
   for (; i < n; ++i) to[i] = bfloat_to_float(from[i]);
 }
 
+inline void floats_to_bfloats(const float* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec x = load<Vec>(from + i);
+    const VecU bits = load<VecU>(from + i);
+    const VecU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    narrow_to_halves(to + i, x != x ? VecU{} + 0x7fc0 : rounded);
+  }
+  for (; i < n; ++i) to[i] = float_to_bfloat(from[i]);
+}
+
 }  // namespace
+
+#endif

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 from mikv_compile.errors import MikvError
 
 
-def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
+def load_cpp_library(source: str, name: str, exact: bool = False) -> ctypes.CDLL:
     """Compile C++ with the toolchain of Inductor's CPU backend and load the result.
 
     Inductor's own cache does the work: ``-O3 -march=native -fopenmp``, the library is kept on disk under a hash of the
@@ -23,6 +23,7 @@ def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
     Args:
         source: C++17 text whose entry points are ``extern "C"``.
         name: what the library is, for the error message.
+        exact: every float operation is rounded by itself, as IEEE 754 says; otherwise products and sums are fused.
 
     Raises:
         RuntimeError: there is no compiler, it rejects the source, or the library does not load.
@@ -31,8 +32,9 @@ def load_cpp_library(source: str, name: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        # Inductor turns contraction off; kernels that accumulate products need fused multiply-add.
-        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
+        # Inductor turns contraction and signed zeros off; kernels that accumulate products need fused multiply-add.
+        flags = ("-ffp-contract=off", "-fsigned-zeros") if exact else ("-ffp-contract=fast",)
+        library = CppCodeCache.load(source, extra_flags=flags)
     except Exception as error:  # the exceptions differ between torch releases; all mean that there is no library
         raise RuntimeError(f"C++ library {name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(library, ctypes.CDLL):

@@ -305,7 +305,7 @@ def test_a_kernel_that_cannot_be_built_falls_back_with_one_warning(monkeypatch, 
     def broken(*args):
         raise dispatch.BuildError("no compiler")
 
-    module = type("module", (), {"attend": staticmethod(broken)})
+    module = type("module", (), dict.fromkeys(dispatch._IMPLEMENTATIONS["cpp"], staticmethod(broken)))
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(dispatch, "_failed", set())
     monkeypatch.setattr(dispatch, "_forced", "cpp")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from mikv_compile.kernels import attention, cpp_attention, dispatch, tokens
+from mikv_compile.kernels import attention, cpp_attention, cpp_common, dispatch, tokens
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
 
 pytestmark = pytest.mark.skipif(
@@ -294,7 +294,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
         raise RuntimeError("no compiler here")
 
     args = make_args("4:t1c64,4:t1c64", [70])
-    monkeypatch.setattr(cpp_attention, "load_cpp_library", fail)
+    monkeypatch.setattr(cpp_common, "load_cpp_library", fail)
     monkeypatch.setattr(dispatch, "_failed", set())
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
