@@ -6,10 +6,10 @@ import ctypes
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
+from struct import Struct
 
 import torch
 
-from mikv_compile.kernels.attention import pack_rows
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
 from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers
@@ -26,23 +26,13 @@ def _kernel() -> Callable[[int, float, float], int]:
     return function
 
 
-def _own_fields(x: torch.Tensor) -> tuple[int, ...]:
-    """``struct Side`` of the call's own tokens, float32 [B, H_kv, S, D]."""
-    return 32, 1, 1, x.data_ptr(), *x.stride()[:3], 0, 0, 0, 0, 0
-
-
-def _as_float(x: torch.Tensor) -> torch.Tensor:
-    """Float32 with contiguous channels; a copy only where needed."""
-    x = x.float()
-    return x if x.stride(3) == 1 else x.contiguous()
+_no_mask = (_NO_MASK, 0, 0, 0, 0, 0)
 
 
 def _mask_fields(
-    mask: torch.Tensor | None, batch: int, heads: int, rows: int, columns: int
-) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    mask: torch.Tensor, batch: int, heads: int, rows: int, columns: int
+) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The mask as the kernel reads it, to keep alive, and its fields: kind, address, strides (0: broadcast)."""
-    if mask is None:
-        return None, (_NO_MASK, 0, 0, 0, 0, 0)
     if mask.dtype is torch.bool:
         kind = _BOOL_MASK
     elif mask.dtype in FLOAT_KINDS:
@@ -57,6 +47,106 @@ def _mask_fields(
             raise NotCovered(f"mask of shape {tuple(mask.shape)}")
         strides.append(0 if size == 1 else stride)
     return mask, (kind, mask.data_ptr(), *strides, mask.stride(3))
+
+
+_OUTPUTS = Struct("=3q")
+_THREADS = 10
+_THREADS_AND_MASK = Struct("=7q")
+_HEADER = 18
+"""Fields of ``struct Call`` before its tiers."""
+_SIDE = 12
+_TIER = 30
+_FIRST_AND_COUNT = Struct("=2q")
+_COUNT = Struct("=q")
+_OWN_SIDE = Struct("=7q")
+
+
+class PreparedCall:
+    """Attention calls on one store that have the same shapes: what follows from its buffers is looked up once, here.
+
+    It belongs to exactly the buffers that it was built from, and keeps none of them alive: whoever calls it holds them.
+    One thread at a time may call it.
+
+    Args:
+        buffers: the store's buffers on the CPU, with their format.
+        shape: B, H_q, R, D_k of the queries. kv_heads, value_dim: H_kv and D_v.
+
+    Raises:
+        NotCovered: a dtype, device or layout that only the reference takes.
+        BuildError: the kernel cannot be compiled here.
+    """
+
+    __slots__ = ("_address", "_counts", "_fields", "_keep", "_kernel", "_own", "_shape")
+
+    def __init__(
+        self, buffers: StoreBuffers, fmt: LayerFormat, shape: tuple[int, int, int, int], kv_heads: int, value_dim: int
+    ) -> None:
+        self._kernel = _kernel()
+        batch, heads, rows, key_dim = shape
+        self._shape = (batch, heads, rows, value_dim)
+        tiers: list[int] = []
+        for tier, tier_fmt in zip(buffers.tiers, fmt.tiers, strict=True):
+            batch_stride, head_stride, slot_stride = tier.positions.stride()
+            if slot_stride != 1:
+                raise NotCovered("positions of a tier are not contiguous")
+            tiers += side_fields(tier.key, tier_fmt.key)
+            tiers += side_fields(tier.value, tier_fmt.value)
+            tiers += (tier.positions.data_ptr(), batch_stride, head_stride, 0, 0, tier_fmt.key.balanced)
+        self._keep = None
+        balancer = buffers.balancer
+        if fmt.is_balanced and not balancer.is_contiguous():
+            self._keep = balancer = balancer.contiguous()
+        sizes = (batch, kv_heads, heads // kv_heads, rows, key_dim, value_dim)
+        header = [0, 0, 0, balancer.data_ptr() if fmt.is_balanced else 0, *sizes, 0, *_no_mask, len(fmt.tiers) + 1]
+        self._fields = array("q", [*header, *tiers, *(0,) * _TIER])
+        self._address = self._fields.buffer_info()[0]
+        self._counts = [8 * (_HEADER + _TIER * i + _TIER - 2) for i in range(len(fmt.tiers))]
+        self._own = 8 * (_HEADER + _TIER * len(fmt.tiers))
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        counts: tuple[int, ...],
+        length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend; arguments, result and errors as for :func:`attend`."""
+        if not q.is_cpu or q.dtype not in FLOAT_KINDS:
+            raise NotCovered(f"queries of {q.dtype} on {q.device}")
+        batch, heads, rows, _ = shape = self._shape
+        # Tensors whose addresses the kernel gets stay referenced by locals until it returns.
+        k, v = _neighbours(k), _neighbours(v)
+        mask_fields = _no_mask
+        if mask is not None:
+            mask, mask_fields = _mask_fields(mask, batch, heads, rows, length + k.shape[2])
+        rows_q = q.float().contiguous()
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
+        fields = self._fields
+        _OUTPUTS.pack_into(fields, 0, rows_q.data_ptr(), out.data_ptr(), lse.data_ptr())
+        _THREADS_AND_MASK.pack_into(fields, 8 * _THREADS, torch.get_num_threads(), *mask_fields)
+        for at, count in zip(self._counts, counts, strict=True):
+            _COUNT.pack_into(fields, at, count)
+        own = self._own
+        for side in (k, v):
+            strides = side.stride()
+            _OWN_SIDE.pack_into(fields, own, FLOAT_KINDS[side.dtype], 1, 1, side.data_ptr(), *strides[:3])
+            own += 8 * _SIDE
+        _FIRST_AND_COUNT.pack_into(fields, own + 24, length, k.shape[2])
+        if self._kernel(self._address, scale, softcap):
+            raise MemoryError("the attention kernel could not allocate its scratch space")
+        return out if q.dtype is torch.float32 else out.to(q.dtype), lse
+
+
+def _neighbours(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] that the kernel reads; a copy only where needed."""
+    if x.dtype not in FLOAT_KINDS:
+        x = x.float()
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def attend(
@@ -86,57 +176,5 @@ def attend(
         NotCovered: a dtype, device or layout that only the reference takes.
         BuildError: the kernel cannot be compiled here.
     """
-    if not q.is_cpu or q.dtype not in FLOAT_KINDS:
-        raise NotCovered(f"queries of {q.dtype} on {q.device}")
-    kernel = _kernel()
-    batch, heads, rows, key_dim = q.shape
-    kv_heads, own, value_dim = k.shape[1], k.shape[2], v.shape[3]
-
-    tiers: list[int] = []
-    used = 1
-    balanced = False
-    for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
-        if not count:
-            continue
-        used += 1
-        balanced |= tier_fmt.key.balanced
-        positions = tier.positions
-        batch_stride, head_stride, slot_stride = positions.stride()
-        if slot_stride != 1:
-            raise NotCovered("positions of a tier are not contiguous")
-        tiers += side_fields(tier.key, tier_fmt.key)
-        tiers += side_fields(tier.value, tier_fmt.value)
-        tiers += (positions.data_ptr(), batch_stride, head_stride, 0, count, tier_fmt.key.balanced)
-    # Tensors whose addresses the kernel gets stay referenced by locals until it returns.
-    own_k, own_v = _as_float(k), _as_float(v)
-    tiers += _own_fields(own_k)
-    tiers += _own_fields(own_v)
-    tiers += (0, 0, 0, length, own, 0)
-
-    rows_q = pack_rows(q, kv_heads).contiguous()
-    balancer = buffers.balancer.contiguous() if balanced else None
-    mask, mask_fields = _mask_fields(mask, batch, heads, rows, length + own)
-    out = torch.empty((batch, heads, rows, value_dim), dtype=torch.float32, device="cpu")
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
-    call = array(
-        "q",
-        [
-            rows_q.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            0 if balancer is None else balancer.data_ptr(),
-            batch,
-            kv_heads,
-            heads // kv_heads,
-            rows,
-            key_dim,
-            value_dim,
-            torch.get_num_threads(),
-            *mask_fields,
-            used,
-            *tiers,
-        ],
-    )
-    if kernel(call.buffer_info()[0], scale, softcap):
-        raise MemoryError("the attention kernel could not allocate its scratch space")
-    return out.to(q.dtype), lse
+    call = PreparedCall(buffers, fmt, q.shape, k.shape[1], v.shape[3])  # type: ignore[arg-type]
+    return call(q, k, v, mask, scale, softcap, counts, length)

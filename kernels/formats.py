@@ -304,11 +304,17 @@ class Orders(NamedTuple):
     @classmethod
     def decode(cls, tensor: torch.Tensor, num_tiers: int) -> Orders:
         """Inverse of :meth:`encode`; ``tensor`` is on the CPU."""
-        length, sinks, recent_from, victims, first, fresh, stale, *rest = tensor.tolist()
-        counts, moves = tuple(rest[:num_tiers]), tuple(rest[num_tiers:])
-        return cls(length, sinks, recent_from, counts, victims, moves, first, bool(fresh), stale)
+        return _decoded(tuple(tensor.tolist()), num_tiers)
 
     @classmethod
     def encoded_size(cls, num_tiers: int) -> int:
         """Elements of the int64 tensor."""
         return 7 + 2 * num_tiers - 1
+
+
+@lru_cache(maxsize=8)
+def _decoded(numbers: tuple[int, ...], num_tiers: int) -> Orders:
+    """The orders; mostly those of the layer before."""
+    length, sinks, recent_from, victims, first, fresh, stale, *rest = numbers
+    counts, moves = tuple(rest[:num_tiers]), tuple(rest[num_tiers:])
+    return Orders(length, sinks, recent_from, counts, victims, moves, first, bool(fresh), stale)

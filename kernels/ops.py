@@ -5,6 +5,7 @@
 ``mikv::compress_v1``    fill a new store's buffers from a prompt
 ``mikv::attend_v2``      attention over a store's tiers and the call's own tokens; reads only
 ``mikv::update_v2``      scores, append, demote; after ``attend_v2`` in the same step
+``mikv::step_v1``        both in one, where a step attends once
 ``mikv::append_v1``      the same for tokens that come without queries
 ``mikv::read_v1``        the stored tokens as dense keys and values
 =======================  ==============================================================================================
@@ -22,8 +23,8 @@ from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import masks, scoring, store_ops
-from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels import cpp_step, masks, scoring, store_ops
+from mikv_compile.kernels.dispatch import backend_for, run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.scoring import AttentionArgs
 
@@ -43,6 +44,10 @@ _library.define(
 _library.define(
     "update_v2(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? mask, float scale, float softcap,"
     " Tensor(a!)[] buffers, Tensor orders, str format, str policy) -> ()"
+)
+_library.define(
+    "step_v1(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, Tensor(a!)[] buffers,"
+    " Tensor orders, str format, str policy) -> (Tensor, Tensor)"
 )
 _library.define("append_v1(Tensor k, Tensor v, Tensor(a!)[] buffers, Tensor orders, str format) -> ()")
 _library.define(
@@ -87,6 +92,17 @@ def _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy)
     store_ops.compress(q, k, v, scores, stored, fmt, told)
 
 
+def _step(q, k, v, mask, scale, softcap, buffers, orders, format, policy):
+    if backend_for(q.device) == "cpp":
+        told = Orders.decode(orders, (len(buffers) - 2) // BUFFERS_PER_TIER)
+        done = cpp_step.step(q, k, v, mask, scale, softcap, buffers, told, format)
+        if done is not None:
+            return done
+    out, lse = _attend(q, k, v, mask, scale, softcap, buffers, orders, format)
+    _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy)
+    return out, lse
+
+
 def _append(k, v, buffers, orders, format):
     stored, fmt, told = _typed(buffers, orders, format)
     if told.fresh:
@@ -106,6 +122,7 @@ for _name, _impl in (
     ("compress_v1", _compress),
     ("attend_v2", _attend),
     ("update_v2", _update),
+    ("step_v1", _step),
     ("append_v1", _append),
     ("read_v1", _read),
 ):
@@ -130,6 +147,11 @@ def _(q, k, v, mask, scale, softcap, buffers, orders, format):
 @torch.library.register_fake("mikv::update_v2", lib=_library)
 def _(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy):
     return None
+
+
+@torch.library.register_fake("mikv::step_v1", lib=_library)
+def _(q, k, v, mask, scale, softcap, buffers, orders, format, policy):
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("mikv::append_v1", lib=_library)

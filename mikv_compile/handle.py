@@ -80,6 +80,21 @@ class KVTensor(torch.Tensor):
             _compat.mark_dynamic(self, layout.index("T"))
         return self
 
+    def grown(self) -> KVTensor:
+        """The handle of a growing cache after its store was appended to, with the same start.
+
+        Cheaper than a new one, which matters for every layer in every step: what the tracer noted on this one holds.
+        """
+        assert self.store is not None and self._range is not None
+        store, (start, _) = self.store, self._range
+        shape = list(self.shape)
+        shape[self.kv_layout.index("T")] = store.end - start
+        made = _compat.make_wrapper(KVTensor, shape, store.site.dtype, store.device)
+        made.__dict__.update(self.__dict__)
+        made._range = (start, store.end)
+        store.register(made)
+        return made
+
     @property
     def plan(self) -> LayerPlan:
         """The layer's plan; also known of a fake handle."""

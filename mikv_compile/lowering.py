@@ -224,11 +224,7 @@ class Lowering:
             operands.query, new.key, new.value, operands.mask, operands.scale, operands.softcap or 0.0, stored, orders,
             str(self._plans[site.name].format),
         )  # fmt: skip
-        attended = graph.call_function(ops.attend_v2.default, args)
-        return (
-            graph.call_function(operator.getitem, (attended, 0)),
-            graph.call_function(operator.getitem, (attended, 1)),
-        )
+        return _pair(graph, graph.call_function(ops.attend_v2.default, args))
 
     def emit_update(
         self, graph: Graph, site: Site, operands: Operands, lse: Node, new: NewTokens, buffers: Mapping[str, Node]
@@ -242,6 +238,18 @@ class Lowering:
         )  # fmt: skip
         graph.call_function(ops.update_v2.default, args)
 
+    def emit_step(
+        self, graph: Graph, site: Site, operands: Operands, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> tuple[Node, Node]:
+        """Attend, append and demote in one op."""
+        plan = self._plans[site.name]
+        *stored, orders = buffers.values()
+        args = (
+            operands.query, new.key, new.value, operands.mask, operands.scale, operands.softcap or 0.0, stored, orders,
+            str(plan.format), plan.policy,
+        )  # fmt: skip
+        return _pair(graph, graph.call_function(ops.step_v1.default, args))
+
     def emit_read(self, graph: Graph, site: Site, columns: Any, buffers: Mapping[str, Node]) -> tuple[Node, Node]:
         """Dequantize the layer's past."""
         *stored, orders = buffers.values()
@@ -250,11 +258,15 @@ class Lowering:
         k, v = Extent.of(site.key), Extent.of(site.value)
         fmt = str(self._plans[site.name].format)
         args = (stored, orders, fmt, columns, int(k.dim), int(v.dim), value.dtype)
-        dense = graph.call_function(ops.read_v1.default, args)
-        return graph.call_function(operator.getitem, (dense, 0)), graph.call_function(operator.getitem, (dense, 1))
+        return _pair(graph, graph.call_function(ops.read_v1.default, args))
 
     def emit_append(self, graph: Graph, site: Site, new: NewTokens, buffers: Mapping[str, Node]) -> None:
         """Append new tokens without scores."""
         *stored, orders = buffers.values()
         args = (new.key, new.value, stored, orders, str(self._plans[site.name].format))
         graph.call_function(ops.append_v1.default, args)
+
+
+def _pair(graph: Graph, op: Node) -> tuple[Node, Node]:
+    """The two results of an op."""
+    return graph.call_function(operator.getitem, (op, 0)), graph.call_function(operator.getitem, (op, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ class SiteCall:
     device: torch.device
     layers: int
 
+    @cached_property
+    def appends(self) -> bool:
+        """Whether the site's cache grows by what the call brings, and nothing of it is dropped."""
+        update = self.rewritten.site.key
+        whole = type(update.first) is int and update.first == 0 and update.keep is None and not update.tail
+        grows = update.kind == "cat" and self.position is None and self.capacity is None
+        return grows and whole and not self.rewritten.fills
+
     @property
     def layout(self) -> str:
         """What the dimensions of the cached tensors are."""
@@ -83,6 +92,39 @@ class _Step:
     """The store with the tokens that this call drops, if it turns out to see them."""
     late: bool = False
     """The dense tensors are handed over after the call, as it may turn out to see what they hold behind its tokens."""
+    counts: tuple[int, ...] | None = None
+    """Tokens per tier afterwards, where the call only appends to a growing cache; see :class:`_Appends`."""
+
+
+class _Appends:
+    """The common case: one call after another on growing caches. Layers of one plan and length get the same orders."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int, tuple[int, ...], int], tuple[Orders, tuple[int, ...]]] = {}
+
+    def prepare(self, site: SiteCall, args: Sequence[Any]) -> _Step | None:
+        """The step of a site, or None if its case is not that simple. Nothing has changed then."""
+        if not site.appends:
+            return None
+        key, value = site.pasts(args)
+        if type(key) is not KVTensor or type(value) is not KVTensor:
+            return None
+        store = key.store
+        if store is None or value.store is not store or not store.is_alone_with(key, value):
+            return None
+        if store.site.batch != site.batch(args) or not store.length:
+            return None
+        new = site.new_tokens(args)
+        at = (id(store.plan), store.length, store.counts, new)
+        known = self._found.get(at)
+        if known is None:
+            orders = store.plan.step(store.length, store.counts, new)
+            known = self._found[at] = orders, (store.counts[0] + new, *store.counts[1:])
+        orders, counts = known
+        if orders.victims:
+            return None
+        store.make_room(counts)
+        return _Step(site, store, orders, new, (key, value), counts=counts)
 
 
 class CompressedGraph:
@@ -119,8 +161,9 @@ class CompressedGraph:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run the graph on Dynamo's arguments; the caller's handles stay as they were until it has succeeded."""
+        appends = _Appends()
         try:
-            steps = [self._prepare(site, args) for site in self._sites]
+            steps = [appends.prepare(site, args) or self._prepare(site, args) for site in self._sites]
         except CannotServe as reason:
             return self._run_original(args, reason)
         inputs = [_shaped(args[i]) if i in self._asked else _dense(args[i]) for i in self._kept]
@@ -195,6 +238,13 @@ class CompressedGraph:
 def _commit(step: _Step, outputs: list[Any]) -> None:
     """Take over what the graph did to a store, and put its handles where the dense cache was returned."""
     site, store = step.site, step.store
+    if step.counts is not None:
+        store.advance(step.orders, step.counts, step.new)
+        rewritten = site.rewritten
+        for past, places in zip(step.past, (rewritten.key_outputs, rewritten.value_outputs), strict=True):
+            for place in places:
+                outputs[place] = past.grown()
+        return
     if site.rewritten.site.key.kind == "read":
         return
     if step.late:

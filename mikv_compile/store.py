@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
@@ -97,6 +98,29 @@ class LayerStore:
         moved = zip(self.counts[1:], orders.moves, strict=True)
         self._grow((self.counts[0] + new, *(count + move for count, move in moved)))
         return orders
+
+    def is_alone_with(self, *handles: KVTensor) -> bool:
+        """Whether these handles show all that is stored, nobody else shows any of it, and nothing waits to be done.
+
+        Then a call may append to the store as it is.
+        """
+        return (
+            len(self._handles) == len(handles)
+            and all(h._range == (self.base, self.end) and id(h) in self._handles for h in handles)
+            and self.start == self.base
+            and not (self._spoiled or self._pending)
+        )
+
+    def make_room(self, counts: tuple[int, ...]) -> None:
+        """Allocate slots for ``counts`` tokens per tier. Changes no token."""
+        self.untouched = False
+        if any(map(operator.gt, counts, self.capacities)):
+            self._grow(counts)
+
+    def advance(self, orders: Orders, counts: tuple[int, ...], new: int) -> None:
+        """What :meth:`commit` does for a call that demotes nothing and leaves ``counts`` tokens in the tiers."""
+        self.changes += 1
+        self.counts, self.length, self._derived = counts, orders.length + new, None
 
     def _grow(self, counts: tuple[int, ...]) -> None:
         capacities = self.plan.capacities(counts, self.capacities)

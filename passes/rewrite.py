@@ -79,6 +79,12 @@ class SiteLowering(Protocol):
         """Create the nodes that append the new tokens, behind the site's last attention call."""
         ...
 
+    def emit_step(
+        self, graph: Graph, site: Site, operands: Operands, new: NewTokens, buffers: Mapping[str, Node]
+    ) -> tuple[Node, Node]:
+        """Create the nodes of a site's only attention call and of the append behind it; return as `emit_attend`."""
+        ...
+
     def emit_read(self, graph: Graph, site: Site, columns: Any, buffers: Mapping[str, Node]) -> tuple[Node, Node]:
         """Create the nodes of the dense past: keys `[B, H, columns, D]` and values `[B, H, columns, Dv]`."""
         ...
@@ -305,13 +311,15 @@ class _Rewriting:
             with self._graph.inserting_before(output):
                 operands = self._operands(read)
                 new = self._no_tokens(operands.query) if site.key.kind == "read" else self._new_tokens()
-                out, lse = self._lowering.emit_attend(self._graph, site, operands, new, self._buffers)
+                alone = len(site.reads) == 1 and site.key.kind != "read"
+                emit = self._lowering.emit_step if alone else self._lowering.emit_attend
+                out, lse = emit(self._graph, site, operands, new, self._buffers)
                 if operands.sinks is not None:
                     out, lse = canonical.with_sinks(self._graph, out, lse, operands.sinks)
                 heads = self._kv_heads * read.groups
                 out = canonical.output(self._graph, out, read.attention.output_dims, heads, read.groups)
                 attended.append((operands, lse))
-                if read is site.reads[-1] and site.key.kind != "read":
+                if not alone and read is site.reads[-1] and site.key.kind != "read":
                     self._lowering.emit_update(self._graph, site, *attended[0], new, self._buffers)
             out.meta.setdefault("example_value", output.meta.get("example_value", output.meta.get("val")))
             output.replace_all_uses_with(out)

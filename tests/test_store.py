@@ -305,7 +305,8 @@ def test_an_error_while_a_step_is_taken_over(monkeypatch):
         store = cache.keys[1].store
         before = cache.keys[0].dequantize()
         with monkeypatch.context() as patch:
-            patch.setattr(type(store), "_trim", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            for name in ("_trim", "advance"):
+                patch.setattr(type(store), name, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
             with pytest.raises(torch.OutOfMemoryError):
                 run(fast, cache, inputs([1] * 5))
         if spoiled:

@@ -290,7 +290,7 @@ def test_dispatch_serves_the_cpu_with_it(monkeypatch):
 
 
 def test_build_failure_falls_back_with_one_warning(monkeypatch):
-    def fail(source, name):
+    def fail(source, name, exact):
         raise RuntimeError("no compiler here")
 
     args = make_args("4:t1c64,4:t1c64", [70])

@@ -45,6 +45,11 @@ class DenseLowering:
     def emit_update(self, graph, site, operands, lse, new, buffers):
         self.updated.append(site.name)
 
+    def emit_step(self, graph, site, operands, new, buffers):
+        found = self.emit_attend(graph, site, operands, new, buffers)
+        self.emit_update(graph, site, operands, found[1], new, buffers)
+        return found
+
     def emit_read(self, graph, site, columns, buffers):
         self.read.append((site.name, columns))
         copies = (graph.call_method("clone", (buffers[name],)) for name in ("keys", "values"))  # written in place

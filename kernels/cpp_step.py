@@ -1,0 +1,101 @@
+"""A decode step on the CPU with little Python around its two kernels: attention, and the append of the call's tokens.
+
+With a short context both kernels take a few microseconds, so what a step costs is looking at the sixteen or so buffers
+of each layer. What follows from them is kept from step to step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mikv_compile.kernels import dispatch, masks
+from mikv_compile.kernels.cpp_attention import PreparedCall
+from mikv_compile.kernels.cpp_common import FLOAT_KINDS
+from mikv_compile.kernels.cpp_tokens import AppendPlan
+from mikv_compile.kernels.dispatch import BuildError, NotCovered
+from mikv_compile.kernels.formats import BUFFERS_PER_TIER, LayerFormat, Orders, StoreBuffers
+
+_MOST_KEPT = 4096
+"""Stores that are remembered, whether they still exist or not; each takes about 2 KiB."""
+
+
+class _KnownStore:
+    """What the two kernels need to know of one store, for one shape of queries."""
+
+    __slots__ = ("append", "attend", "fmt")
+
+    def __init__(
+        self, buffers: list[torch.Tensor], fmt: LayerFormat, shape: tuple[int, int, int, int], kv_heads: int, v_dim: int
+    ) -> None:
+        if not all(x.is_contiguous() for x in buffers):
+            raise NotCovered("a stored buffer is not contiguous")
+        stored = StoreBuffers.from_list(buffers)
+        self.fmt = fmt
+        self.attend = PreparedCall(stored, fmt, shape, kv_heads, v_dim)
+        self.append = AppendPlan(stored, fmt, shape[3], v_dim)
+
+
+_known: dict[tuple[object, ...], _KnownStore | None] = {}
+
+
+def _look_up(
+    buffers: list[torch.Tensor], format: str, q: torch.Tensor, k: torch.Tensor, v_dim: int
+) -> _KnownStore | None:
+    """What is known of a store.
+
+    The key holds all that follows from the buffers: their addresses, and the sizes from which contiguous buffers of one
+    format get their shapes. So another store in the same memory is never taken for this one.
+    """
+    slots = tuple(x.shape[2] for x in buffers[BUFFERS_PER_TIER - 1 :: BUFFERS_PER_TIER])
+    key = (format, *q.shape, k.shape[1], v_dim, slots, *(x.data_ptr() for x in buffers))
+    found = _known.get(key, _known)
+    if found is _known:
+        if len(_known) >= _MOST_KEPT:
+            _known.clear()
+        try:
+            found = _KnownStore(buffers, LayerFormat.parse(format), tuple(q.shape), k.shape[1], v_dim)
+        except (NotCovered, BuildError):
+            found = None
+        _known[key] = found
+    return found  # type: ignore[return-value]
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    buffers: list[torch.Tensor],
+    told: Orders,
+    format: str,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Attend, append and demote, as ``mikv::attend_v2`` and ``mikv::update_v2`` do one after the other.
+
+    Returns:
+        output and log-sum-exp; None, with nothing changed, for calls that these two have to serve: the first ones of a
+        store, those whose attention is added to the scores, and what the kernels do not take.
+    """
+    if told.fresh or k.dtype not in FLOAT_KINDS or v.dtype not in FLOAT_KINDS:
+        return None
+    known = _look_up(buffers, format, q, k, v.shape[3])
+    if known is None:
+        return None
+    fmt, own = known.fmt, k.shape[2]
+    if fmt.watch is not None and own >= fmt.watch.least:
+        return None
+    seen = None
+    if mask is not None or told.first or told.stale:
+        masks.check_stale(mask, told, own)
+        seen = masks.by_position(mask, told, own, q.device)
+    try:
+        out, lse = known.attend(q, k, v, seen, scale, softcap, told.counts, told.length)
+    except NotCovered:
+        return None
+    used = told.counts[0]
+    known.append(k, v, used, told.length)
+    if told.victims:
+        stored = StoreBuffers.from_list(buffers)
+        dispatch.run("demote", q.device, stored, fmt, told, used + own, q.shape[3], v.shape[3])
+    return (out, lse) if mask is None else masks.add_unwritten(out, lse, mask, told, own)
