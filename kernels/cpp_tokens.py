@@ -31,7 +31,7 @@ _TIER = 30
 _NO_ROWS = (0, 0, 0)
 _NO_DENSE = (0, 0, 0, 0, 0)
 
-_PARALLEL = 65536
+_PARALLEL = 131072
 """Numbers to write below which the kernel takes one thread anyway (``kMinWork``)."""
 
 

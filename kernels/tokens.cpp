@@ -89,7 +89,7 @@ static_assert(sizeof(void*) == 8, "arguments are passed as 8-byte fields");
 static_assert(sizeof(Tier) == 30 * 8 && sizeof(Call) == (39 + 30) * 8, "layout is mirrored in cpp_tokens.py");
 
 constexpr int64_t kChunk = 128;      // tokens of a work item
-constexpr int64_t kMinWork = 65536;  // numbers below which one more thread does not pay
+constexpr int64_t kMinWork = 131072;  // numbers (about 0.1 ms) below which one more thread does not pay
 constexpr float kHalfMax = 65504.0f;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 

@@ -472,8 +472,8 @@ def test_select_tokens(counts, threads):
 
 def test_select_tokens_of_a_long_prompt(threads):
     torch.manual_seed(0)
-    scores = with_odd(torch.rand(1, 3, 5000).to(torch.bfloat16).float())
-    orders = Orders(0, 4, 4936, (300, 2048, 1024), 0, (0, 0))
+    scores = with_odd(torch.rand(1, 3, 20000).to(torch.bfloat16).float())
+    orders = Orders(0, 4, 19936, (300, 2048, 1024), 0, (0, 0))
     want = store_ops.select_tokens(scores, orders)
     for number in (1, 2):
         threads(number)
@@ -486,6 +486,7 @@ ONE, THREE = "8:t1c64,8:t1c64", "8:t1c16b,4:t1c8|4:t16c1b,fp16|2:t1c16,2:t32c4"
 DEMOTIONS = [
     (f"{ONE}|4:t64c1,2:t1c64", 64, 64, [210, 128], 64, [64], 4, 64),
     (f"{ONE}|4:t64c1,2:t1c64", 128, 64, [130, 0], 128, [128], 0, 0),
+    (f"{ONE}|4:t64c1,2:t1c64", 64, 64, [1100, 0], 1024, [1024], 4, 64),  # enough for several threads
     (f"{ONE}|4:t64c1,2:t1c64", 64, 64, [64, 64], 64, [64], 4, 30),  # all leave, the held ones last
     (f"{ONE}|fp,fp", 64, 64, [63, 5], 7, [7], 4, 16),
     ("fp,fp|8:t1c80,3:t1c16", 80, 16, [63, 5], 39, [39], 0, 9),
