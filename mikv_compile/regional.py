@@ -231,7 +231,8 @@ class _LayerCall:
         self.layer, self.index, self.group = layer, index, group
         # Also what inspect.signature looks at.
         self.__wrapped__ = _plain_forward(layer)
-        self._inner = [module for module in layer.modules() if module is not layer]
+        inner = [module for module in layer.modules() if module is not layer]
+        self._inner_hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def __reduce__(self) -> Any:
         return _plain_forward, (self.layer,)  # a copy of the layer is not compiled
@@ -241,8 +242,11 @@ class _LayerCall:
         if torch.compiler.is_compiling() or self._must_run_plainly():
             return self.__wrapped__(*args, **kwargs)
         views: list[tuple[Any, Any]] = []
-        args = tuple([self._viewed(value, views) for value in args])
-        kwargs = {name: self._viewed(value, views) for name, value in kwargs.items()}
+        cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+        args = tuple([self._viewed(value, views) if isinstance(value, cache) else value for value in args])
+        for name, value in kwargs.items():
+            if isinstance(value, cache):
+                kwargs[name] = self._viewed(value, views)
         try:
             output = self.group.function(self.layer, *args, **kwargs)
         finally:
@@ -254,22 +258,19 @@ class _LayerCall:
         if getattr(self.layer, "gradient_checkpointing", False) and self.layer.training:
             return True
         # Dynamo does not guard on hooks: one that came after the first call would not run.
-        if not any(module._forward_hooks or module._forward_pre_hooks for module in self._inner):
+        if not any(self._inner_hooks):
             return False
         if not self.group.warned:
             log.warning(
-                "modules inside of %s have hooks, which a shared graph cannot run: its calls run uncompiled. Hooks also "
-                "come from output_attentions and output_hidden_states; regional=False can trace those",
+                "modules inside of %s have hooks, which a shared graph cannot run: its calls run uncompiled. "
+                "output_attentions and output_hidden_states leave such hooks, too; regional=False can trace those",
                 type(self.layer).__name__,
             )
             self.group.warned = True
         return True
 
     def _viewed(self, value: Any, views: list[tuple[Any, Any]]) -> Any:
-        """A view in place of a cache of transformers; other values as they are."""
-        cache_class = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
-        if not isinstance(value, cache_class):
-            return value
+        """A view of a cache of transformers."""
         options, index = self.group.options, self.index
         parts = [name for name in _PARTS if name in vars(value)]
         if parts:
@@ -283,7 +284,7 @@ class _LayerCall:
             raise MikvError("regional compilation cannot prefetch the layers of an offloaded cache; use regional=False")
         if index is None:
             return value
-        while value.layer_class_to_replicate is not None and len(value.layers) <= index:
+        while getattr(value, "layer_class_to_replicate", None) is not None and len(value.layers) <= index:
             value.layers.append(value.layer_class_to_replicate())
         if index >= len(value.layers):
             return value
