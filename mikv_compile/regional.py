@@ -141,7 +141,7 @@ def _layer_calls(
     for number, (layer, own) in enumerate(zip(layers, attributes, strict=True)):
         alike = (_structure(layer), frozenset(item for item in own.items() if item[0] not in numbering))
         group = groups.setdefault((alike, overrides.get(number)), _Group(options))
-        index = _index(own, numbering)
+        index = _index(layer, own, numbering)
         group.members.append((number, layer, index))
         calls.append(_LayerCall(layer, index, group))
     for group in groups.values():
@@ -169,11 +169,20 @@ def _numbering(attributes: list[dict[tuple[str, str], Any]]) -> set[tuple[str, s
     return {key for key, seen in values.items() if {type(v) for v in seen} == {int} and len(set(seen)) == len(seen)}
 
 
-def _index(own: Mapping[tuple[str, str], Any], numbering: set[tuple[str, str]]) -> int | None:
-    """The number by which a layer asks for its entry of the cache, if its attributes tell."""
-    named = {value for (_, name), value in own.items() if name == "layer_idx"}
+def _index(layer: torch.nn.Module, own: Mapping[tuple[str, str], Any], numbering: set[tuple[str, str]]) -> int | None:
+    """The number by which a layer asks for its entry of the cache, if its attributes tell.
+
+    Raises:
+        MikvError: if it asks for several.
+    """
+    named = {value for (_, name), value in own.items() if name == "layer_idx" and type(value) is int}
+    if len(named) > 1:
+        raise MikvError(
+            f"a {type(layer).__name__} uses several entries of the cache ({sorted(named)}), which cannot be told apart "
+            "without their numbers; compile the whole model with regional=False"
+        )
     found = named or {value for key, value in own.items() if key in numbering}
-    return found.pop() if len(found) == 1 and all(type(value) is int for value in found) else None
+    return found.pop() if len(found) == 1 else None
 
 
 def _structure(layer: torch.nn.Module) -> tuple[Any, ...]:
@@ -284,13 +293,15 @@ class _LayerCall:
             raise MikvError("regional compilation cannot prefetch the layers of an offloaded cache; use regional=False")
         if index is None:
             return value
-        while getattr(value, "layer_class_to_replicate", None) is not None and len(value.layers) <= index:
-            value.layers.append(value.layer_class_to_replicate())
-        if index >= len(value.layers):
+        if index < len(value.layers):
+            own = value.layers[index]
+        elif getattr(value, "layer_class_to_replicate", None) is not None:
+            own = value.layer_class_to_replicate()  # the cache appends its entries when they are first written
+        else:
             return value
-        if not hasattr(value.layers[index], "keys"):
+        if not hasattr(own, "keys"):
             check_counts_no_layers(options, f"layer {index} keeps no keys and values")
-        entries = _Entries(value.layers, value.layers[index], index, self.group)
+        entries = _Entries(value.layers, own, index, self.group)
         view = _view(value, {"layers": entries, "layer_class_to_replicate": None})
         views.append((view, value))
         return view
@@ -432,6 +443,10 @@ def _write_back(view: Any, cache: Any) -> None:
         if isinstance(value, _Flags):
             if value.own is not None:
                 value.values[value.index] = value.own
+        elif isinstance(value, _Entries):
+            if value.index >= len(value.entries) and value.own.is_initialized:
+                missing = range(len(value.entries), value.index)
+                value.entries.extend([*(cache.layer_class_to_replicate() for _ in missing), value.own])
         elif name not in _CHANGED and vars(cache).get(name, _CHANGED) is not value:
             setattr(cache, name, value)
 

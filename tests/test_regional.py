@@ -438,6 +438,11 @@ def test_what_cannot_be_compiled_by_layers():
     with pytest.raises(MikvError, match="a forward of its own"):
         mikv_compile.compile(model, regional=True)
     assert "forward" not in vars(model.model.layers[1])
+    pairs = Stack([Layer(0), Layer(2)])
+    for layer in pairs.layers:
+        layer.second = Layer(layer.layer_idx + 1)
+    with pytest.raises(MikvError, match=r"several entries of the cache \(\[0, 1\]\)"):
+        mikv_compile.compile(pairs, regional=True)
 
 
 def test_offloaded_cache():
