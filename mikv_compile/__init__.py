@@ -20,9 +20,11 @@ _PUBLIC = {
     "PRESETS": "config",
     "UnusableCacheError": "errors",
     "cache_report": "report",
+    "compile": "regional",
     "explain": "report",
     "graph_reports": "report",
     "transform": "graph_transform",
+    "uncompile": "regional",
 }
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
     from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
+    from mikv_compile.regional import compile, uncompile
     from mikv_compile.report import cache_report, explain, graph_reports
 
 __all__ = [
@@ -41,9 +44,11 @@ __all__ = [
     "Options",
     "UnusableCacheError",
     "cache_report",
+    "compile",
     "explain",
     "graph_reports",
     "transform",
+    "uncompile",
 ]
 
 

@@ -181,6 +181,37 @@ def must_run_eagerly() -> bool:
 must_run_eagerly._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def traced_local(name: str) -> tuple[Any, Any]:
+    """Value and source of a local of the function that Dynamo is tracing, for functions that run while it traces.
+
+    Unlike anything that traced code can do, this puts no guard on the value. (None, None) for what is not an object or
+    constant, such as a tensor; no source for what the code computed.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+    from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+
+    variable: Any = InstructionTranslator.current_tx().output.current_tx.symbolic_locals[name]
+    if isinstance(variable, LazyVariableTracker):
+        if not variable.is_realized():
+            return variable.original_value(), variable.original_source()
+        variable = variable.unwrap()
+    if isinstance(variable, UserDefinedObjectVariable):
+        return variable.value, variable.source
+    if variable.is_python_constant():
+        return variable.as_python_constant(), variable.source
+    return None, None
+
+
+def value_at(source: Any, given: dict[str, Any]) -> Any:
+    """What a Dynamo source finds if the traced function is called with other arguments; None if it finds nothing."""
+    name = source.name() if callable(source.name) else source.name
+    try:
+        return eval(name, {"L": given})
+    except Exception:  # names of Dynamo's own helpers, modules that this layer lacks
+        return None
+
+
 def untraced(function: Any, reason: str) -> Any:
     """The function, at which Dynamo breaks the graph, or says the reason with ``fullgraph=True``."""
     return torch.compiler.disable(function, reason=reason)

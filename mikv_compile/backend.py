@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from mikv_compile import _compat, generate
 from mikv_compile.config import Options
 from mikv_compile.handle import KVTensor
+from mikv_compile.lowering import Region
 from mikv_compile.pipeline import compile_graph
 from mikv_compile.preallocated import PreallocatedKV
 
@@ -20,7 +21,12 @@ generate.install()
 
 
 def mikv(
-    gm: GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    region: Region | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph so that its KV caches stay compressed.
 
@@ -28,6 +34,7 @@ def mikv(
         gm, example_inputs: from Dynamo.
         options: fields of :class:`~mikv_compile.config.Options`; ``inductor.NAME`` keys go to Inductor.
         mode: a mode of ``torch.compile``, translated to Inductor options.
+        region: the layers that the graph serves, where :mod:`mikv_compile.regional` compiles one by itself.
 
     Raises:
         OptionError: for options that are unknown, malformed or impossible.
@@ -39,7 +46,7 @@ def mikv(
         for node in gm.graph.find_nodes(op="placeholder")
     )
     handles = _handles(gm, example_inputs)
-    return compile_graph(gm, example_inputs, handles, chosen, settings, records_grad=records_grad)
+    return compile_graph(gm, example_inputs, handles, chosen, settings, records_grad=records_grad, region=region)
 
 
 def _handles(gm: GraphModule, example_inputs: list[Any]) -> dict[Node, Any]:

@@ -16,7 +16,7 @@ from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.formats import Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
 from mikv_compile.passes.node_utils import fake, known_equal
-from mikv_compile.plan import CacheShape, LayerPlan, Planner
+from mikv_compile.plan import CacheShape, LayerPlan, Planner, check_counts_no_layers
 from mikv_compile.sizes import SizeReader
 
 ops = torch.ops.mikv
@@ -34,6 +34,16 @@ class PlannedSite:
     site: Site
     plan: LayerPlan
     layer: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A repeated layer that is compiled by itself, once for all layers like it."""
+
+    numbers: tuple[int, ...]
+    """Which layers of the model; the option ``layers`` gives all of them the same tiers."""
+    of: int
+    """How many layers share a budget in bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,11 @@ class Extent:
 
 
 def plan_sites(
-    sites: Sequence[Site], planner: Planner, sizes: SizeReader, handles: Mapping[Node, Any]
+    sites: Sequence[Site],
+    planner: Planner,
+    sizes: SizeReader,
+    handles: Mapping[Node, Any],
+    region: Region | None = None,
 ) -> tuple[list[PlannedSite], list[Declined]]:
     """Give each site its plan; sites that storage or kernels cannot serve are declined with the reason.
 
@@ -64,15 +78,19 @@ def plan_sites(
         planner: makes the plan of a layer.
         sizes: what the graph's arguments tell.
         handles: the handle behind each placeholder that has one.
+        region: the layers that the graph serves, where it is not the whole model.
 
     Raises:
-        OptionError: for a budget that no plan meets.
+        OptionError: for a budget that no plan meets, or options that count layers where a layer has several caches.
     """
+    if region is not None and len(sites) > 1:
+        check_counts_no_layers(planner.options, "a layer of this model keeps several caches")
+    first, layers = (0, len(sites)) if region is None else (region.numbers[0], region.of)
     planned: list[PlannedSite] = []
     declined: list[Declined] = []
-    for layer, site in enumerate(sites):
+    for layer, site in enumerate(sites, first):
         try:
-            planned.append(PlannedSite(site, _plan(site, layer, len(sites), planner, sizes, handles), layer))
+            planned.append(PlannedSite(site, _plan(site, layer, layers, planner, sizes, handles), layer))
         except _CannotServeError as reason:
             declined.append(Declined(site.name, "rewrite", str(reason)))
     return planned, declined

@@ -12,7 +12,7 @@ from mikv_compile import _compat
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
 from mikv_compile.handle import KVTensor
-from mikv_compile.lowering import Extent, Lowering, PlannedSite, plan_sites
+from mikv_compile.lowering import Extent, Lowering, PlannedSite, Region, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, RewrittenSite, Site, analyze, rewrite
 from mikv_compile.passes.columns import NotSeparable, cut_out
 from mikv_compile.passes.node_utils import fake, is_metadata, writes_in_place
@@ -34,6 +34,7 @@ def compile_graph(
     settings: Mapping[str, Any],
     *,
     records_grad: bool,
+    region: Region | None = None,
 ) -> CompressedGraph:
     """Compile a graph so that its KV caches stay compressed. The graph itself is not changed.
 
@@ -44,6 +45,7 @@ def compile_graph(
         options: what is compressed and how.
         settings: Inductor options, for ``lower="inductor"``.
         records_grad: whether the call records gradients; then nothing is compressed.
+        region: the layers that the graph serves, where it is not the whole model.
 
     Raises:
         OptionError: for options that are impossible for this graph.
@@ -51,12 +53,12 @@ def compile_graph(
     planner = Planner(options)
     analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
     sizes = SizeReader(gm.graph)
-    planned, declined = _select(analysis, planner, sizes, handles, records_grad)
+    planned, declined = _select(analysis, planner, sizes, handles, records_grad, region)
     rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
     done = {s.site.name for s in rewritten.sites}
     planned = [p for p in planned if p.site.name in done]
     declined = [*analysis.declined, *declined, *rewritten.declined]
-    _report(analysis, planned, declined, options)
+    _report(analysis, planned, declined, options, region)
 
     _check_writes(gm, handles)
     asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
@@ -65,12 +67,18 @@ def compile_graph(
         function: Callable[..., Any] = rewritten.gm.forward
     else:
         function = _compat.compile_with_inductor(rewritten.gm, inputs, dict(settings))
-    calls = [_site_call(p, s, sizes, len(planned)) for p, s in zip(planned, rewritten.sites, strict=True)]
+    layers = len(planned) if region is None else region.of
+    calls = [_site_call(p, s, sizes, layers) for p, s in zip(planned, rewritten.sites, strict=True)]
     return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), asked, calls)
 
 
 def _select(
-    analysis: Analysis, planner: Planner, sizes: SizeReader, handles: Mapping[Node, Any], records_grad: bool
+    analysis: Analysis,
+    planner: Planner,
+    sizes: SizeReader,
+    handles: Mapping[Node, Any],
+    records_grad: bool,
+    region: Region | None,
 ) -> tuple[list[PlannedSite], list[Declined]]:
     """Sites to rewrite with their plans."""
     if records_grad:
@@ -84,7 +92,7 @@ def _select(
             possible.append(site)
         except NotSeparable as reason:
             declined.append(Declined(site.name, "rewrite", str(reason)))
-    planned, refused = plan_sites(possible, planner, sizes, handles)
+    planned, refused = plan_sites(possible, planner, sizes, handles, region)
     return planned, declined + refused
 
 
@@ -151,7 +159,9 @@ def _position(site: Site, sizes: SizeReader) -> Callable[[Sequence[Any], int], i
     return lambda args, _: read(args)
 
 
-def _report(analysis: Analysis, planned: list[PlannedSite], declined: list[Declined], options: Options) -> None:
+def _report(
+    analysis: Analysis, planned: list[PlannedSite], declined: list[Declined], options: Options, region: Region | None
+) -> None:
     sites = tuple(
         SiteReport(
             p.site.name,
@@ -165,7 +175,9 @@ def _report(analysis: Analysis, planned: list[PlannedSite], declined: list[Decli
         )
         for p in planned
     )
-    report = GraphReport(len(analysis.attentions), sites, tuple(declined), options.lower)
+    report = GraphReport(
+        len(analysis.attentions), sites, tuple(declined), options.lower, region.numbers if region is not None else ()
+    )
     record(report)
     log.info("%s", report)
     if declined and (analysis.updates or not sites):

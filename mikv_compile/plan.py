@@ -105,10 +105,15 @@ def check_tiers(options: Options) -> None:
     """Raise OptionError if the options name tiers that do not exist."""
     if options.tiers is not None:
         parse_tiers(options.tiers)
-    _parse_layers(options.layers)
+    parse_layers(options.layers)
 
 
-def _parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
+def parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
+    """Tiers by the number of the layer, from the option ``layers``.
+
+    Raises:
+        OptionError: if the text does not parse, with what is wrong.
+    """
     chosen: dict[int, tuple[Tier, ...]] = {}
     for entry in (text or "").split(";"):
         if not entry.strip():
@@ -122,6 +127,20 @@ def _parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
                 raise OptionError(f"option 'layers' names layer {i} twice")
             chosen[i] = parse_tiers(found.group(3))
     return chosen
+
+
+def check_counts_no_layers(options: Options, reason: str) -> None:
+    """Refuse the options that count the layers of the whole model, for a model compiled layer by layer.
+
+    Raises:
+        OptionError: if there is one.
+    """
+    for name, counts in (("layers", options.layers is not None), ("budget", isinstance(options.budget, str))):
+        if counts:
+            raise OptionError(
+                f"option {name!r} counts the layers of the whole model, but {reason}; compile it with regional=False, "
+                "or choose tiers or a fractional budget, which are the same for each layer"
+            )
 
 
 @dataclass(frozen=True)
@@ -235,7 +254,7 @@ class Planner:
     options: Options
 
     def __post_init__(self) -> None:
-        for tiers in (parse_tiers(self.options.resolved("tiers", "fp")), *_parse_layers(self.options.layers).values()):
+        for tiers in (parse_tiers(self.options.resolved("tiers", "fp")), *parse_layers(self.options.layers).values()):
             _make(self.options, tiers, 64, 64)
 
     def layer(self, index: int, site: CacheShape, sliding: bool = False) -> LayerPlan:
@@ -250,7 +269,7 @@ class Planner:
         Raises:
             ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
         """
-        tiers = _parse_layers(self.options.layers).get(index)
+        tiers = parse_layers(self.options.layers).get(index)
         budget = self.options.budget
         if tiers is None and budget is not None:
             choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction

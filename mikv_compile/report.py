@@ -49,18 +49,25 @@ class GraphReport:
     rewritten: tuple[SiteReport, ...]
     declined: tuple[Declined, ...]
     lower: str
+    shared_by: tuple[int, ...] = ()
+    """The layers that it was compiled for, where it is one layer of a model compiled with ``regional=True``."""
 
     def __str__(self) -> str:
         phases = collections.Counter(s.phase for s in self.rewritten)
         kinds = ", ".join(f"{n} {phase}" for phase, n in phases.items()) or "none"
         lines = [f"{self.attentions} attention calls; sites rewritten: {kinds}; lowered with {self.lower}"]
+        if self.shared_by:
+            lines[0] += f"; one layer, compiled for layers {_ranges(list(self.shared_by))}"
+        shared = list(self.shared_by)
         for (plan, phase), layers in _by_plan(self.rewritten).items():
-            lines.append(f"  layers {_ranges(layers)} ({phase}): tiers {describe(plan)}")
+            lines.append(f"  layers {_ranges(shared or layers)} ({phase}): tiers {describe(plan)}")
         dense: dict[str, list[int]] = {}
         for site in self.rewritten:
             if site.reason is not None:
                 dense.setdefault(site.reason, []).append(site.layer)
-        lines += [f"  layers {_ranges(layers)} are read densely: {reason}" for reason, layers in dense.items()]
+        lines += [
+            f"  layers {_ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()
+        ]
         lines += [f"  declined {d}" for d in self.declined]
         return "\n".join(lines)
 
