@@ -106,7 +106,7 @@ def bytes_to_read(fmt: LayerFormat, buffers: list[torch.Tensor]) -> int:
     return sum(part.nbytes for tier in typed.tiers for side in (tier.key, tier.value) for part in side)
 
 
-def ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]:
+def ours(shape: Shape, device: torch.device, working_set: int) -> Iterator[tuple[str, Candidate]]:
     """Our kernel on each format, through the dispatch that the ops use."""
     heads = (shape.batch, shape.kv_heads * shape.group)
     q = torch.randn(*heads, 1, shape.dim, device=device, dtype=shape.dtype)
@@ -119,7 +119,7 @@ def ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]:
             rest = (None, shape.dim**-0.5, 0.0, stored, fmt, counts, shape.length)
             return dispatch.run("attend", device, q, *own, *rest)[0]
 
-        others = range(harness.cold_copies(nbytes, device) - 1)
+        others = range(harness.cold_copies(nbytes, working_set) - 1)
         copies = [StoreBuffers.from_list(b) for b in (buffers, *([x.clone() for x in buffers] for _ in others))]
         candidate = Candidate("ours", nbytes, call, copies)
         if shape.length * shape.batch <= REFERENCE_LENGTH:
@@ -130,7 +130,7 @@ def ours(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]:
         yield name, candidate
 
 
-def dense(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]:
+def dense(shape: Shape, device: torch.device, working_set: int) -> Iterator[tuple[str, Candidate]]:
     """The forms of dense attention that might be the fastest.
 
     The query heads of a group read the same keys, so without a mask they can be the rows of one query: ``rows``.
@@ -141,7 +141,7 @@ def dense(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]
     rows = torch.randn(*lead, shape.group, shape.dim, device=device, dtype=shape.dtype)
     heads = rows.reshape(shape.batch, -1, 1, shape.dim)
     nbytes = k.nbytes + v.nbytes
-    copies = [(k, v)] + [(k.clone(), v.clone()) for _ in range(harness.cold_copies(nbytes, device) - 1)]
+    copies = [(k, v)] + [(k.clone(), v.clone()) for _ in range(harness.cold_copies(nbytes, working_set) - 1)]
 
     def add(call: Callable[[Any], torch.Tensor], inputs: Any = copies, size: int = nbytes) -> Candidate:
         return Candidate("dense", size, call, inputs)
@@ -154,7 +154,7 @@ def dense(shape: Shape, device: torch.device) -> Iterator[tuple[str, Candidate]]
     yield "SDPA, enable_gqa", add(attention(heads, True))
     if shape.group > 1 and nbytes * shape.group <= LARGEST_REPEATED:
         size = nbytes * shape.group
-        wanted = harness.cold_copies(size, device)
+        wanted = harness.cold_copies(size, working_set)
         repeated = [tuple(x.repeat_interleave(shape.group, 1) for x in pair) for pair in copies[:wanted]]
         yield "SDPA, repeated", add(attention(heads), repeated, size)
     if device.type == "cuda" and shape.dtype != torch.float32:
@@ -192,9 +192,10 @@ def captured(call: Callable[[Any], torch.Tensor], copies: list[Any]) -> Callable
 def measure(shape: Shape, device: torch.device, seconds: float, rounds: tuple[int, int], result: Result) -> None:
     """Time all candidates of a case in turn and append it to the result."""
     say(f"  {shape}")
+    working_set = 0 if result.quick else 2 * harness.cache_bytes(device)
     candidates: dict[str, Candidate] = {}
     with result.failures.catch(f"{shape}: making the inputs"):
-        for name, candidate in itertools.chain(dense(shape, device), ours(shape, device)):
+        for name, candidate in itertools.chain(dense(shape, device, working_set), ours(shape, device, working_set)):
             candidates[name] = candidate
     functions: dict[str, Callable[[], object]] = {}
     per_call: dict[str, int] = {}
@@ -323,8 +324,8 @@ def find_case(result: dict[str, Any], **wanted: Any) -> dict[str, Any] | None:
     return next((c for c in result["cases"] if all(c[k] == v for k, v in wanted.items())), None)
 
 
-def tables(result: dict[str, Any]) -> str:
-    """One table of bandwidths and one per case."""
+def tables(result: dict[str, Any], names: tuple[str, ...] = ()) -> str:
+    """One table of bandwidths and one per case; with ``names`` only of those cases."""
     header = ["threads", "copy, GB/s (read + written)", "sum, GB/s (read)"]
     rows = [
         [count if count != "0" else "-", *(quartiles(found[k]).text("{:.1f}", 1e-9) for k in ("copy", "sum"))]
@@ -332,6 +333,8 @@ def tables(result: dict[str, Any]) -> str:
     ]
     parts = [harness.table(header, rows)]
     for case in result["cases"]:
+        if names and case["name"] not in names:
+            continue
         best = fastest_dense(case)
         parts.append(f"{case['title']}; fastest dense form: {best}\n\n{case_table(result, case)}")
     return "\n".join(parts)

@@ -119,16 +119,24 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def alternate(runners: list[Runner], cycles: int) -> None:
-    """Blocks of steps in turn, each round beginning with another configuration, until each has ``cycles`` cycles."""
+def alternate(runners: list[Runner], seconds: float, cycles: tuple[int, int]) -> None:
+    """Blocks of steps in turn, each round beginning with another configuration.
+
+    Args:
+        runners: what alternates.
+        seconds: what all together may take, within ``cycles``.
+        cycles: least and greatest number of cycles per configuration.
+    """
     order = {runner.configuration.name: runner for runner in runners}
-    for i in range(cycles * CYCLE // BLOCK):
+    one = sum(min(runner.step() for _ in range(2)) for runner in runners) * CYCLE
+    count = max(cycles[0], min(cycles[1], int(seconds / one))) if runners else 0
+    for i in range(count * CYCLE // BLOCK):
         for name in harness.rotated(list(order), i):
             order[name].block(BLOCK)
 
 
 def measure(
-    scenario: Scenario, model: Any, chosen: list[Configuration], cycles: int, uncompiled: bool, result: Result
+    scenario: Scenario, model: Any, chosen: list[Configuration], seconds: float, cycles: tuple[int, int], result: Result
 ) -> None:
     """Measure a scenario with all configurations side by side, and append it to the result."""
     runners: list[Runner] = []
@@ -139,20 +147,21 @@ def measure(
             say(f"  {scenario} {configuration.name}: first call {runners[-1].first_call:.1f} s")
     before = _graphs()
     with result.failures.catch(f"{scenario}: alternating"):
-        alternate(runners, cycles)
+        alternate(runners, seconds, cycles)
     if _graphs() != before:
         result.failures.add(str(scenario), f"{_graphs() - before} graphs were compiled again while the clock ran")
     found = {runner.configuration.name: runner.as_json() for runner in runners}
-    if uncompiled:
-        with result.failures.catch(f"{scenario} {UNCOMPILED.name}"):
-            plain = Runner(UNCOMPILED, model, scenario)
-            plain.block(BLOCK // 2)
-            found[UNCOMPILED.name] = plain.as_json()
+    with result.failures.catch(f"{scenario} {UNCOMPILED.name}"):
+        plain = Runner(UNCOMPILED, model, scenario)
+        plain.block(BLOCK // 2)
+        found[UNCOMPILED.name] = plain.as_json()
     result.cases.append({"title": str(scenario), "context": scenario.context, "batch": scenario.batch,
                          "threads": torch.get_num_threads(), "configurations": found})  # fmt: skip
 
 
-def measure_largest(context: int, model: Any, chosen: list[Configuration], cycles: int, result: Result) -> None:
+def measure_largest(
+    context: int, model: Any, chosen: list[Configuration], seconds: float, cycles: tuple[int, int], result: Result
+) -> None:
     """Each configuration alone with the largest batch that fits on the GPU; nothing can alternate there."""
     found: dict[str, Any] = {}
     for configuration in chosen:
@@ -165,7 +174,7 @@ def measure_largest(context: int, model: Any, chosen: list[Configuration], cycle
                 torch.cuda.empty_cache()
                 try:
                     runner = Runner(configuration, model, Scenario(context, batch))
-                    alternate([runner], cycles)
+                    alternate([runner], seconds, cycles)
                 except torch.OutOfMemoryError:
                     batch = batch * 7 // 8
                     continue
@@ -195,14 +204,23 @@ def run(
     folder: Path | None,
     name: str,
     scenarios: list[Scenario],
-    cycles: int,
+    seconds: float,
     lower: str,
     deadline: Deadline,
-    uncompiled: bool = True,
 ) -> Path:
-    """Measure all scenarios. Returns the folder of the results."""
-    arguments = {"model": name, "scenarios": [str(s) for s in scenarios], "cycles": cycles, "lower": lower,
-                 "block": BLOCK, "cycle": CYCLE}  # fmt: skip
+    """Measure all scenarios. Returns the folder of the results.
+
+    Args:
+        device, quick, folder: where it runs, few steps instead of enough, and where the results go.
+        name: a model of :mod:`benchmarks.models`.
+        scenarios: cached tokens and batch sizes.
+        seconds: for the timed steps of a scenario.
+        lower: ``"inductor"``, or ``"eager"``: graphs are traced and rewritten, but not compiled.
+        deadline: scenarios that would not end in time are left out.
+    """
+    cycles = (1, 1) if quick else (2, 8)
+    arguments = {"model": name, "scenarios": [str(s) for s in scenarios], "seconds": seconds, "lower": lower,
+                 "cycles": cycles, "block": BLOCK, "cycle": CYCLE}  # fmt: skip
     result = Result("decode", device, quick, arguments, folder)
     model = models.load(name, device)
     batch = None
@@ -220,9 +238,9 @@ def run(
                 torch._dynamo.reset()
                 batch = scenario.batch
             if scenario.batch == 0:
-                measure_largest(scenario.context, model, chosen, cycles, result)
+                measure_largest(scenario.context, model, chosen, seconds, cycles, result)
             else:
-                measure(scenario, model, chosen, cycles, uncompiled, result)
+                measure(scenario, model, chosen, seconds, cycles, result)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return result.write(tables, plot)
@@ -231,11 +249,10 @@ def run(
 # Reading results -----------------------------------------------------------------------------------------------------
 
 
-def cycle_seconds(found: dict[str, Any], cycle: int = CYCLE) -> list[float]:
-    """Seconds of each cycle of steps; of all steps together where there are fewer."""
+def cycle_seconds(found: dict[str, Any]) -> list[float]:
+    """Seconds of the cycle that begins with each block; of all steps together where there are fewer."""
     steps = found["steps"]
-    whole = len(steps) // cycle
-    return [sum(steps[i * cycle : (i + 1) * cycle]) for i in range(whole)] if whole else [sum(steps)]
+    return [sum(steps[i : i + CYCLE]) for i in range(0, max(len(steps) - CYCLE, 0) + 1, BLOCK)]
 
 
 def tokens_per_second(found: dict[str, Any]) -> Quartiles:

@@ -154,9 +154,9 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=DEFAULT_CACHE_BYTES)
 
 
-def cold_copies(nbytes: int, device: torch.device) -> int:
-    """Copies of an input of ``nbytes`` that together exceed twice the last-level cache."""
-    return math.ceil(2 * cache_bytes(device) / max(nbytes, 1)) + 1
+def cold_copies(nbytes: int, working_set: int) -> int:
+    """Copies of an input of ``nbytes`` that together exceed ``working_set`` bytes."""
+    return working_set // max(nbytes, 1) + 1
 
 
 @contextlib.contextmanager
