@@ -7,6 +7,7 @@ model, the other layers' weights and caches have passed through the caches since
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -174,6 +175,31 @@ def dense(shape: Shape, device: torch.device, working_set: int) -> Iterator[tupl
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
+class Fallbacks(logging.Handler):
+    """Notes when the dispatch runs the reference instead of the device's kernel: then the wrong thing is timed."""
+
+    def __init__(self, failures: harness.Failures) -> None:
+        super().__init__()
+        self._failures = failures
+        self.where = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a message once."""
+        noted = (f"{self.where}, and maybe after it", f"the reference was timed: {record.getMessage()}")
+        if noted[1] not in {found["error"] for found in self._failures.found}:
+            self._failures.add(*noted)
+
+    def __enter__(self) -> Fallbacks:
+        self._level = dispatch.log.level
+        dispatch.log.addHandler(self)
+        dispatch.log.setLevel(logging.DEBUG)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dispatch.log.setLevel(self._level)
+        dispatch.log.removeHandler(self)
+
+
 def captured(call: Callable[[Any], torch.Tensor], copies: list[Any]) -> Callable[[], object]:
     """A CUDA graph of one call per copy, as launching from Python takes longer than the kernels themselves."""
     stream = torch.cuda.Stream()
@@ -200,12 +226,10 @@ def measure(shape: Shape, device: torch.device, seconds: float, rounds: tuple[in
     functions: dict[str, Callable[[], object]] = {}
     per_call: dict[str, int] = {}
     for name, candidate in candidates.items():
+        functions[name], per_call[name] = harness.rotating(candidate.call, candidate.copies), 1
         if device.type == "cuda":
-            with result.failures.catch(f"{shape}: {name}, capturing a CUDA graph"):
-                functions[name] = captured(candidate.call, candidate.copies)
-                per_call[name] = len(candidate.copies)
-        else:
-            functions[name], per_call[name] = harness.rotating(candidate.call, candidate.copies), 1
+            with result.failures.catch(f"{shape}: {name}, captured as a CUDA graph (timed without one)"):
+                functions[name], per_call[name] = captured(candidate.call, candidate.copies), len(candidate.copies)
     failures = harness.Failures()
     with harness.threads(shape.threads or torch.get_num_threads()):
         samples = harness.interleave(functions, device, seconds, rounds, failures)
@@ -279,9 +303,10 @@ def run(device: torch.device, quick: bool, folder: Path | None, seconds: float =
                 for name, samples in bandwidth(device, rounds[0]).items():
                     found.setdefault(str(count), {}).setdefault(name, []).extend(samples)
 
-    with torch.no_grad():
+    with torch.no_grad(), Fallbacks(result.failures) as fallbacks:
         measure_bandwidth()
         for shape in cases:
+            fallbacks.where = str(shape)
             with result.failures.catch(str(shape)):
                 measure(shape, device, seconds if shape.name == "headline" else seconds / 2, rounds, result)
         measure_bandwidth()

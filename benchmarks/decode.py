@@ -151,6 +151,7 @@ def measure(
     if _graphs() != before:
         result.failures.add(str(scenario), f"{_graphs() - before} graphs were compiled again while the clock ran")
     found = {runner.configuration.name: runner.as_json() for runner in runners}
+    runners.clear()  # their caches leave room for another one
     with result.failures.catch(f"{scenario} {UNCOMPILED.name}"):
         plain = Runner(UNCOMPILED, model, scenario)
         plain.block(BLOCK // 2)
@@ -168,21 +169,26 @@ def measure_largest(
         name = f"{context}xmax {configuration.name}"
         with result.failures.catch(name):
             batch = estimated_batch(context, model, configuration)
-            while batch:
+            while batch and configuration.name not in found:
                 say(f"  {name}: trying batch {batch}")
                 torch._dynamo.reset()
                 torch.cuda.empty_cache()
                 try:
-                    runner = Runner(configuration, model, Scenario(context, batch))
-                    alternate([runner], seconds, cycles)
+                    found[configuration.name] = _alone(configuration, model, Scenario(context, batch), seconds, cycles)
                 except torch.OutOfMemoryError:
                     batch = batch * 7 // 8
-                    continue
-                found[configuration.name] = runner.as_json()
-                del runner
-                break
+            if not batch:
+                raise RuntimeError("not even one row fits")
     result.cases.append({"title": f"{context}xmax", "context": context, "batch": 0,
                          "threads": torch.get_num_threads(), "configurations": found})  # fmt: skip
+
+
+def _alone(
+    configuration: Configuration, model: Any, scenario: Scenario, seconds: float, cycles: tuple[int, int]
+) -> dict[str, Any]:
+    runner = Runner(configuration, model, scenario)
+    alternate([runner], seconds, cycles)
+    return runner.as_json()
 
 
 def estimated_batch(context: int, model: Any, configuration: Configuration) -> int:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model lies in an installed package; nothing is looked up
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers

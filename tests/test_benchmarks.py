@@ -68,6 +68,17 @@ def test_attention(tmp_path, monkeypatch):
     assert ratio.text() in row
 
 
+def test_attention_says_when_it_times_the_reference(tmp_path, monkeypatch):
+    shape = attention.Shape("headline", 1, 1, 1, 64, 64, torch.float32, 1)
+    monkeypatch.setattr(attention, "shapes", lambda device, quick: [shape])
+    monkeypatch.setattr(attention, "BANDWIDTH_BYTES", 2**20)
+    with attention.dispatch.use("triton"):
+        attention.run(CPU, True, tmp_path, 0.0)
+    assert (
+        "T=64 float32 threads=1, and maybe after it: the reference was timed" in (tmp_path / "attention.md").read_text()
+    )
+
+
 def test_decode(tmp_path):
     decode.run(CPU, True, tmp_path, "tiny", [decode.Scenario.parse("96x1")], 1.0, "eager", Deadline())
     result, text = written(tmp_path, "decode")
