@@ -1,7 +1,7 @@
 """Peak and resident memory: a long prompt, the same in chunks, and single tokens while the tiers grow.
 
 Each configuration runs in a process of its own. On a CPU the figures are the process's resident set (``VmRSS``) and its
-peak (``VmHWM``), over what the loaded model takes after two short calls. Freed memory is given back at once
+peak (``VmHWM``), over what the loaded model takes after short calls. Freed memory is given back at once
 (``MALLOC_*`` below), so that the peak is about the largest sum of live tensors. On a GPU they are what torch's
 allocator has handed out. Graphs are traced and rewritten but not compiled: the compiler's own memory would hide the
 caches.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from benchmarks.harness import Deadline, Quartiles, Result, say
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """Memory from 64 KiB on comes from the system and goes back when it is freed."""
 
-CONFIGURATIONS: dict[str, dict[str, Any] | None] = {"dense": None, "mikv": {}, "mikv budget=1.0": {"budget": 1.0}}
+CONFIGURATIONS: dict[str, dict[str, Any] | None] = {"dense": None, "mikv": {}}
 MODES = ("prompt", "chunks", "single tokens")
-SECONDS = 25
-"""About what one process takes with SmolLM2 on two cores, for the time limit."""
+SECONDS = {"dense": 45, "mikv": 80}
+"""About what each takes with SmolLM2 on two cores, for the time limit."""
 
 
 class Meter:
@@ -37,7 +38,6 @@ class Meter:
 
     def reset(self) -> int:
         """Give back what is free, begin a new peak; returns the bytes in use."""
-        gc.collect()
         if self._gpu:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
@@ -56,10 +56,8 @@ class Meter:
         return int(found.group(1)) * 1024
 
 
-def in_this_process(
-    configuration: str, mode: str, name: str, device: str, tokens: int, chunk: int, steps: int
-) -> dict[str, Any]:
-    """Measure one configuration in this process."""
+def in_this_process(configuration: str, name: str, device: str, tokens: int, chunk: int, steps: int) -> dict[str, Any]:
+    """Measure one configuration in all modes in this process."""
     options = CONFIGURATIONS[configuration]
     model = models.load(name, torch.device(device))
     call = model
@@ -69,33 +67,41 @@ def in_this_process(
 
     def read(cache: Any, count: int) -> None:
         ids = torch.randint(1, model.config.vocab_size, (1, count), device=device)
+        if count > 1:
+            # The first graph takes any length, so that nothing is traced while a peak is taken.
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
         call(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
     with torch.no_grad():
-        if mode == "single tokens":
-            return _single_tokens(read, model, options, tokens, steps, meter)
-        size = tokens if mode == "prompt" else chunk
-        # Two lengths, so that the graphs that follow take any: nothing is traced while the peak is taken.
-        for count in (16, 24):
-            cache = models.DynamicCache(config=model.config)
-            for _ in range(min(3, tokens // size)):
-                read(cache, count)
-        del cache
-        cache = models.DynamicCache(config=model.config)
-        before = meter.reset()
-        for _ in range(tokens // size):
-            read(cache, size)
-        peak = meter.peak()
-        return {"peak": peak - before, "resident": meter.reset() - before, "cache": models.nbytes(cache)}
+        return {
+            "prompt": _prompt(read, model, [tokens], meter),
+            "chunks": _prompt(read, model, [chunk] * (tokens // chunk), meter),
+            "single tokens": _single_tokens(read, model, options, tokens, steps, meter),
+        }
+
+
+def _prompt(read: Callable[[Any, int], None], model: Any, sizes: list[int], meter: Meter) -> dict[str, Any]:
+    """A prompt in one call or several."""
+    cache = models.DynamicCache(config=model.config)
+    for _ in sizes[:2]:
+        read(cache, 16)
+    cache = models.DynamicCache(config=model.config)
+    gc.collect()
+    before = meter.reset()
+    for size in sizes:
+        read(cache, size)
+    peak = meter.peak()
+    return {"peak": peak - before, "resident": meter.reset() - before, "cache": models.nbytes(cache)}
 
 
 def _single_tokens(
-    read: Any, model: Any, options: dict[str, Any] | None, tokens: int, steps: int, meter: Meter
+    read: Callable[[Any, int], None], model: Any, options: dict[str, Any] | None, tokens: int, steps: int, meter: Meter
 ) -> dict[str, Any]:
     """Each step's peak over what was in use before it; a dense cache is copied in each step."""
     cache = models.filled_cache(model, 1, tokens, options)
     for _ in range(3):
         read(cache, 1)
+    gc.collect()
     found = []
     for _ in range(steps):
         capacities = [store.capacities for store in models.stores(cache)]
@@ -116,7 +122,7 @@ def run(
     steps: int,
     deadline: Deadline,
 ) -> Path:
-    """Measure all configurations and modes, one process after the other.
+    """Measure all configurations, one process after the other.
 
     Args:
         device, quick, folder, name, deadline: as for ``decode``.
@@ -124,20 +130,20 @@ def run(
         chunk: tokens per call where the prompt comes in chunks.
         steps: single tokens.
     """
-    arguments = {"model": name, "tokens": tokens, "chunk": chunk, "steps": steps}
-    result = Result("memory", device, quick, arguments, folder)
-    for mode in ("prompt",) if quick else MODES:
-        for configuration in ("dense", "mikv") if quick else CONFIGURATIONS:
-            label = f"{mode}, {configuration}"
-            if not quick and not deadline.allows(SECONDS):
-                result.failures.add(label, f"not run: it takes about {SECONDS} s, and the time limit is near")
-                continue
-            say(f"  {label} ...")
-            with result.failures.catch(label):
-                given = {"configuration": configuration, "mode": mode, "device": str(device), **arguments}
-                given["name"] = given.pop("model")
-                found = harness.in_child("benchmarks.memory:in_this_process", given, MALLOC)
-                result.cases.append({"configuration": configuration, "mode": mode, **found})
+    arguments = {"tokens": tokens, "chunk": chunk, "steps": steps}
+    result = Result("memory", device, quick, {"model": name, **arguments}, folder)
+    found: dict[str, dict[str, Any]] = {}
+    for configuration, seconds in SECONDS.items():
+        if not quick and not deadline.allows(seconds):
+            result.failures.add(configuration, f"not run: it takes about {seconds} s, and the time limit is near")
+            continue
+        say(f"  {configuration} ...")
+        with result.failures.catch(configuration):
+            given = {"configuration": configuration, "name": name, "device": str(device), **arguments}
+            found[configuration] = harness.in_child("benchmarks.memory:in_this_process", given, MALLOC)
+    for mode in MODES:
+        for configuration, modes in found.items():
+            result.cases.append({"configuration": configuration, "mode": mode, **modes[mode]})
     return result.write(tables, plot)
 
 

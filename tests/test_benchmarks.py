@@ -141,11 +141,12 @@ def failing_for(wanted, call):
 def test_memory(tmp_path, in_this_process):
     memory.run(CPU, True, tmp_path, "tiny", 256, 64, 8, Deadline())
     result, text = written(tmp_path, "memory")
-    assert [case["configuration"] for case in result["cases"]] == ["dense", "mikv"] and not result["failures"]
-    dense, ours = result["cases"]
+    assert len(result["cases"]) == 6 and not result["failures"]
+    dense, ours = (memory.find_case(result, "prompt", name) for name in ("dense", "mikv"))
     assert dense["cache"] == 2 * 2 * 2 * 256 * 16 * 4
     ratio = memory.of_dense(result, ours, "cache")
     assert ratio == ours["cache"] / dense["cache"] < 0.5 and f"{ratio:.2f}" in text
+    assert len(memory.find_case(result, "single tokens", "mikv")["steps"]) == 8
 
 
 def test_failed_candidates_are_reported(tmp_path):
