@@ -75,7 +75,7 @@ def in_this_process(configuration: str, name: str, device: str, tokens: int, low
         "calls": calls,
         "graphs_after_call": graphs,
         "graphs": graphs[-1],
-        "recompiles": [m.recompile_reason for m in metrics if m.recompile_reason],
+        "recompiles": [m.recompile_reason.splitlines()[0] for m in metrics if m.recompile_reason],
         "guards": [m.guard_count for m in metrics if m.guard_count is not None],
         "graph_breaks": sum(counters["graph_break"].values()),
         "cache_hits": int(counters["inductor"]["fxgraph_cache_hit"]),

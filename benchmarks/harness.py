@@ -203,6 +203,8 @@ class Failures:
     def add(self, configuration: str, error: str, details: str = "") -> None:
         """Note that ``configuration`` has no result."""
         say(f"  FAILED {configuration}: {error}")
+        # Without the folders of this machine.
+        details = details.replace(sys.prefix + os.sep, "").replace(str(ROOT) + os.sep, "")
         self.found.append({"configuration": configuration, "error": error, "details": details})
 
 
