@@ -1,17 +1,20 @@
-# `make demo` and `make test` need Python 3.11 or later, pip, make and a C++ compiler; they set up the rest in .venv.
+# The targets need Python 3.11 or later, pip, make and a C++ compiler; they set up the rest in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python examples/smollm2_demo.py $(ARGS)
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks all $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
@@ -38,6 +41,10 @@ $(STAMPS)/model: $(STAMPS)/torch
 
 $(STAMPS)/demo: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(STAMPS)/bench: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[bench]"
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
