@@ -110,7 +110,7 @@ class _Appends:
         if type(key) is not KVTensor or type(value) is not KVTensor:
             return None
         store = key.store
-        if store is None or value.store is not store or not store.is_alone_with(key, value):
+        if store is None or value.store is not store or not store.ends_with(key, value):
             return None
         if store.site.batch != site.batch(args) or not store.length:
             return None

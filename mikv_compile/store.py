@@ -99,17 +99,13 @@ class LayerStore:
         self._grow((self.counts[0] + new, *(count + move for count, move in moved)))
         return orders
 
-    def is_alone_with(self, *handles: KVTensor) -> bool:
-        """Whether these handles show all that is stored, nobody else shows any of it, and nothing waits to be done.
+    def ends_with(self, *handles: KVTensor) -> bool:
+        """Whether these handles show all that is stored, and nothing waits to be done.
 
-        Then a call may append to the store as it is.
+        Then a call may append to the store as it is: no other handle can show tokens beyond.
         """
-        return (
-            len(self._handles) == len(handles)
-            and all(h._range == (self.base, self.end) and id(h) in self._handles for h in handles)
-            and self.start == self.base
-            and not (self._spoiled or self._pending)
-        )
+        shown = (self.base, self.end)
+        return all(h._range == shown for h in handles) and self.start == self.base and not (self._spoiled or self._pending)
 
     def make_room(self, counts: tuple[int, ...]) -> None:
         """Allocate slots for ``counts`` tokens per tier. Changes no token."""
