@@ -131,6 +131,9 @@ void cap_row(float* scores, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; i += kLanes) store(scores + i, tanh_of(load<Vec>(scores + i) * inverse) * softcap);
 }
 
+// Not a plain sum: what a masked slot holds must not turn -inf into NaN.
+inline Vec masked(Vec scores, Vec bias) { return bias == splat(kNegInf) ? bias : scores + bias; }
+
 // An accumulator of one row, in whole vectors.
 struct Accumulator {
   float* data;
@@ -150,9 +153,7 @@ void softmax_row(float* scores, const float* bias, int64_t n, float& row_max, Ve
   for (int64_t i = 0; i < padded; i += kLanes) {
     Vec s = load<Vec>(scores + i);
     if (bias) {
-      const Vec add = load<Vec>(bias + i);
-      // Not a plain sum: what a masked slot holds must not turn -inf into NaN.
-      s = add == splat(kNegInf) ? add : s + add;
+      s = masked(s, load<Vec>(bias + i));
       store(scores + i, s);
     }
     best = best > s ? best : s;
@@ -178,9 +179,10 @@ struct Work {
   int64_t b, h, first_row, rows;
 };
 
-// Scores of one tile to weights: softcap, mask, softmax. `tier_acc_size` floats of each row's `tier_acc` follow too.
-void weigh_tile(const Call& call, const Plan& plan, const Tier& tier, const Work& work, int64_t begin, int64_t n,
-                float softcap, const Scratch& mine, float* tier_acc, int64_t tier_acc_size) {
+// Apply the softcap to the scores of one tile, and call run(row, what to add to its scores or null) for each row.
+template <class F>
+void for_masked_rows(const Call& call, const Tier& tier, const Work& work, int64_t begin, int64_t n, float softcap,
+                     const Scratch& mine, F run) {
   if (softcap != 0.0f)
     for (int64_t r = 0; r < work.rows; ++r) cap_row(mine.scores + r * kTile, n, softcap);
   const int32_t* positions = tier.positions;
@@ -193,22 +195,36 @@ void weigh_tile(const Call& call, const Plan& plan, const Tier& tier, const Work
       if (row != gathered) gather_mask(call, row, positions, tier.first_position + begin, n, mine.bias);
       gathered = row;
     }
-    softmax_row(mine.scores + r * kTile, gathered ? mine.bias : nullptr, n, mine.max[r], mine.sum[r],
-                {mine.acc + r * plan.value_pad, plan.value_pad}, {tier_acc + r * tier_acc_size, tier_acc_size});
+    run(r, gathered ? mine.bias : nullptr);
   }
+}
+
+// Scores of one tile to weights. The accumulators of the rows, and those of this tier, follow the maximum.
+void weigh_tile(const Call& call, const Plan& plan, const Tier& tier, const Work& work, int64_t begin, int64_t n,
+                float softcap, const Scratch& mine, float* tier_acc, int64_t tier_acc_size) {
+  for_masked_rows(call, tier, work, begin, n, softcap, mine, [&](int64_t r, const float* bias) {
+    softmax_row(mine.scores + r * kTile, bias, n, mine.max[r], mine.sum[r],
+                {mine.acc + r * plan.value_pad, plan.value_pad}, {tier_acc + r * tier_acc_size, tier_acc_size});
+  });
+}
+
+// Raw scores of one tile, from keys that are dequantized first.
+void score_unpacked(const Call& call, const Plan& plan, const Tier& tier, const Work& work, int64_t begin, int64_t n,
+                    const Scratch& mine) {
+  const float* q = tier.balanced ? mine.q_balanced : mine.q;
+  const Matrix keys = read_tile(tier.key, work.b, work.h, begin, n, call.key_dim, kSlotPad, mine.unpacker, mine.tile);
+  for_row_blocks(work.rows, [&](int64_t r, auto count) {
+    score_rows<count>(q + r * plan.key_pad, plan.key_pad, keys, round_up(n, kSlotPad), mine.scores + r * kTile);
+  });
 }
 
 // Slots [begin, end) of a tier, dequantized tile by tile.
 void attend_unpacked(const Call& call, const Plan& plan, const Tier& tier, const Work& work, int64_t begin, int64_t end,
                      float softcap, const Scratch& mine) {
-  const float* q = tier.balanced ? mine.q_balanced : mine.q;
   for (; begin < end; begin += kTile) {
     const int64_t n = std::min(kTile, end - begin);
     prefetch(tier.value, work.b, work.h, begin, n, call.value_dim);
-    const Matrix keys = read_tile(tier.key, work.b, work.h, begin, n, call.key_dim, kSlotPad, mine.unpacker, mine.tile);
-    for_row_blocks(work.rows, [&](int64_t r, auto count) {
-      score_rows<count>(q + r * plan.key_pad, plan.key_pad, keys, round_up(n, kSlotPad), mine.scores + r * kTile);
-    });
+    score_unpacked(call, plan, tier, work, begin, n, mine);
     weigh_tile(call, plan, tier, work, begin, n, softcap, mine, nullptr, 0);
     prefetch(tier.key, work.b, work.h, begin + n, std::min(kTile, end - begin - n), call.key_dim);
     const Matrix values = read_tile(tier.value, work.b, work.h, begin, n, call.value_dim, 1, mine.unpacker, mine.tile);
@@ -218,18 +234,23 @@ void attend_unpacked(const Call& call, const Plan& plan, const Tier& tier, const
   }
 }
 
+// Queries in the order in which keys are read as they are.
+void arrange_queries(const Plan& plan, const Tier& tier, const Planes& keys, const Work& work, const Scratch& mine) {
+  for (int64_t r = 0; r < work.rows; ++r) {
+    const float* q = (tier.balanced ? mine.q_balanced : mine.q) + r * plan.key_pad;
+    to_planes(keys, q, mine.coded.q + r * keys.vectors * kLanes);
+    if (tier.key.tokens == 1)
+      for (int64_t g = 0; g < keys.groups; ++g)
+        mine.coded.q_sums[r * keys.groups + g] = sum_of(q + g * keys.channels, keys.channels);
+  }
+}
+
 // The same, reading codes as they are.
 void attend_codes(const Call& call, const Plan& plan, const Tier& tier, const Work& work, int64_t begin, int64_t end,
                   float softcap, const Scratch& mine) {
   const Planes keys(tier.key, call.key_dim), values(tier.value, call.value_dim);
   const CodedTier& coded = mine.coded;
-  for (int64_t r = 0; r < work.rows; ++r) {
-    const float* q = (tier.balanced ? mine.q_balanced : mine.q) + r * plan.key_pad;
-    to_planes(keys, q, coded.q + r * keys.vectors * kLanes);
-    if (tier.key.tokens == 1)
-      for (int64_t g = 0; g < keys.groups; ++g)
-        coded.q_sums[r * keys.groups + g] = sum_of(q + g * keys.channels, keys.channels);
-  }
+  arrange_queries(plan, tier, keys, work, mine);
   const int64_t acc_size = (values.vectors + values.groups) * kLanes;
   std::fill_n(coded.acc, work.rows * acc_size, 0.0f);
   for (; begin < end; begin += kTile) {
@@ -256,6 +277,22 @@ struct Partials {
   float* acc;  // [B * H_kv * G * R, splits, value_pad]
 };
 
+// The queries of a work item, times scale, and again divided by the balancer where there is one.
+void load_queries(const Call& call, const Plan& plan, float scale, const Work& work, const Scratch& mine) {
+  const int64_t pair = work.b * call.kv_heads + work.h;
+  for (int64_t r = 0; r < work.rows; ++r) {
+    const float* from = call.q + (pair * plan.packed_rows + work.first_row + r) * call.key_dim;
+    for (int64_t c = 0; c < plan.key_pad; c += kLanes) {
+      const Vec q = load_some(from + c, call.key_dim - c) * scale;
+      store(mine.q + r * plan.key_pad + c, q);
+      if (call.balancer) {
+        const Vec balancer = load_some(call.balancer + pair * call.key_dim + c, call.key_dim - c);
+        store(mine.q_balanced + r * plan.key_pad + c, q == Vec{} ? q : q / balancer);  // beyond the last channel: 0 / 0
+      }
+    }
+  }
+}
+
 void run_item(const Call& call, const Plan& plan, float scale, float softcap, int64_t item, const Scratch& mine,
               const Partials& partials) {
   const int64_t split = item % plan.splits, block = item / plan.splits;
@@ -263,23 +300,15 @@ void run_item(const Call& call, const Plan& plan, float scale, float softcap, in
   const int64_t b = pair / call.kv_heads, h = pair % call.kv_heads;
   const int64_t rows = std::min(kRowBlock, plan.packed_rows - first_row);
 
+  const Work work{b, h, first_row, rows};
+  load_queries(call, plan, scale, work, mine);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* from = call.q + (pair * plan.packed_rows + first_row + r) * call.key_dim;
-    float* q = mine.q + r * plan.key_pad;
-    std::fill_n(q, plan.key_pad, 0.0f);
-    for (int64_t c = 0; c < call.key_dim; ++c) q[c] = from[c] * scale;
-    if (call.balancer) {
-      float* balanced = mine.q_balanced + r * plan.key_pad;
-      std::fill_n(balanced, plan.key_pad, 0.0f);
-      for (int64_t c = 0; c < call.key_dim; ++c) balanced[c] = q[c] / call.balancer[pair * call.key_dim + c];
-    }
     mine.max[r] = kNegInf;
     mine.sum[r] = Vec{};
   }
   std::fill_n(mine.acc, rows * plan.value_pad, 0.0f);
 
   // The range counts the tiles of all tiers in a row.
-  const Work work{b, h, first_row, rows};
   int64_t from = split * plan.split_tiles, left = std::min(plan.split_tiles, plan.tiles - from);
   for (int64_t t = 0; t < call.num_tiers && left > 0; ++t) {
     const Tier& tier = call.tiers[t];
@@ -303,6 +332,36 @@ void run_item(const Call& call, const Plan& plan, float scale, float softcap, in
       std::copy_n(acc, plan.value_pad, partials.acc + (row * plan.splits + split) * plan.value_pad);
     }
   }
+}
+
+// What the slots [begin, begin + n) of a tier receive from all query rows is added to `sums` [n].
+void sum_tile(const Call& call, const Plan& plan, const Tier& tier, int64_t b, int64_t h, int64_t begin, int64_t n,
+              float scale, float softcap, const Scratch& mine, float* sums) {
+  const Planes keys(tier.key, call.key_dim);
+  const bool direct = plan.is_direct(call, tier);
+  Vec received[kTile / kLanes] = {};
+  for (int64_t first_row = 0; first_row < plan.packed_rows; first_row += kRowBlock) {
+    const Work work{b, h, first_row, std::min(kRowBlock, plan.packed_rows - first_row)};
+    load_queries(call, plan, scale, work, mine);
+    if (direct) {
+      arrange_queries(plan, tier, keys, work, mine);
+      score_tile(tier.key, keys, b, h, begin, n, work.rows, mine.coded, mine.scores);
+    } else {
+      score_unpacked(call, plan, tier, work, begin, n, mine);
+    }
+    const float* lse = call.lse + (b * call.kv_heads + h) * plan.packed_rows + first_row;
+    for_masked_rows(call, tier, work, begin, n, softcap, mine, [&](int64_t r, const float* bias) {
+      const Vec norm = splat(lse[r] == kNegInf ? 0.0f : lse[r]);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        Vec s = load<Vec>(mine.scores + r * kTile + i);
+        if (bias) s = masked(s, load<Vec>(bias + i));
+        received[i / kLanes] += exp_nonpositive(s - norm);
+      }
+    });
+  }
+  float all[kTile];
+  for (int64_t i = 0; i < kTile; i += kLanes) store(all + i, received[i / kLanes]);
+  for (int64_t i = 0; i < n; ++i) sums[i] += all[i];
 }
 
 // Merge the ranges of one row by log-sum-exp; the first range's accumulator takes the result.
@@ -361,24 +420,16 @@ class Memory {
   float* data_ = nullptr;
 };
 
-}  // namespace
-
-// A softcap of 0 stands for none. Returns 0, or 1 when memory ran out.
-extern "C" int mikv_attend(const void* arguments, float scale, float softcap) {
-  const Call& call = *static_cast<const Call*>(arguments);
-  const Plan plan(call);
-  const int threads = static_cast<int>(std::min(call.threads, std::max<int64_t>(plan.items, 1)));
+// Calls run(item, scratch memory of the thread) for each item, on several threads where there is enough to do, with
+// `extra` floats of memory for run to share. Returns 0, or 1 when memory ran out.
+template <class F>
+int for_items(const Call& call, const Plan& plan, int64_t items, int64_t tiles, int64_t extra, F run) {
+  const int64_t useful = std::max<int64_t>(std::min(items, tiles / kTilesPerThread), 1);
+  const int threads = static_cast<int>(std::min(call.threads, useful));
   const int64_t scratch_floats = Scratch::floats(plan);
-  const int64_t all_rows = call.batch * call.kv_heads * plan.packed_rows;
-  const int64_t partial_rows = plan.splits > 1 ? all_rows * plan.splits : 0;
-
-  const int64_t total = threads * scratch_floats + partial_rows * (plan.value_pad + 2);
-  Memory memory(total);
+  Memory memory(threads * scratch_floats + extra);
   float* base = memory.data();
   if (!base) return 1;
-  float* rest = base + threads * scratch_floats;
-  const Partials partials{rest, rest + partial_rows, rest + 2 * partial_rows};
-
 #pragma omp parallel num_threads(threads)
   {
 #if defined(_OPENMP)
@@ -388,10 +439,49 @@ extern "C" int mikv_attend(const void* arguments, float scale, float softcap) {
 #endif
     const Scratch mine(plan, base + thread * scratch_floats);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t item = 0; item < plan.items; ++item) run_item(call, plan, scale, softcap, item, mine, partials);
+    for (int64_t item = 0; item < items; ++item) run(item, mine, base + threads * scratch_floats);
   }
-  // At most 2 * kItems * kRowBlock partial rows, mostly far fewer: cheaper than one more barrier.
-  if (plan.splits > 1)
-    for (int64_t row = 0; row < all_rows; ++row) merge_row(call, plan, row, partials);
   return 0;
+}
+
+}  // namespace
+
+// A softcap of 0 stands for none. Returns 0, or 1 when memory ran out.
+extern "C" int mikv_attend(const void* arguments, float scale, float softcap) {
+  const Call& call = *static_cast<const Call*>(arguments);
+  const Plan plan(call);
+  const int64_t all_rows = call.batch * call.kv_heads * plan.packed_rows;
+  const int64_t partial_rows = plan.splits > 1 ? all_rows * plan.splits : 0;
+  const int64_t tiles = call.batch * call.kv_heads * plan.row_blocks * plan.tiles;
+  Partials partials{};
+  const int status = for_items(call, plan, plan.items, tiles, partial_rows * (plan.value_pad + 2),
+                               [&](int64_t item, const Scratch& mine, float* rest) {
+                                 const Partials all{rest, rest + partial_rows, rest + 2 * partial_rows};
+                                 run_item(call, plan, scale, softcap, item, mine, all);
+                                 if (item == 0) partials = all;
+                               });
+  // At most 2 * kItems * kRowBlock partial rows, mostly far fewer: cheaper than one more barrier.
+  if (status == 0 && plan.splits > 1)
+    for (int64_t row = 0; row < all_rows; ++row) merge_row(call, plan, row, partials);
+  return status;
+}
+
+// Attention that slots receive, summed over query rows; `call.lse` is an input. For tier 0 of the call it is added to
+// `scores`, for its last tier, the call's own tokens, to `own`: [B, H_kv, count], count strided by 1.
+extern "C" int mikv_add_scores(const void* arguments, float scale, float softcap, float* scores, int64_t batch_stride,
+                               int64_t head_stride, float* own) {
+  const Call& call = *static_cast<const Call*>(arguments);
+  const Plan plan(call);
+  const int64_t items = call.batch * call.kv_heads * plan.tiles;
+  const Tier& last = call.tiers[call.num_tiers - 1];
+  return for_items(call, plan, items, items * plan.row_blocks, 0, [&](int64_t item, const Scratch& mine, float*) {
+    const int64_t pair = item / plan.tiles, b = pair / call.kv_heads, h = pair % call.kv_heads;
+    int64_t tile = item % plan.tiles;
+    const bool is_own = tile >= Plan::tiles_of(call.tiers[0]);
+    if (is_own) tile -= Plan::tiles_of(call.tiers[0]);
+    const Tier& tier = is_own ? last : call.tiers[0];
+    float* sums = is_own ? own + pair * last.count : scores + b * batch_stride + h * head_stride;
+    const int64_t begin = tile * kTile, n = std::min(kTile, tier.count - begin);
+    sum_tile(call, plan, tier, b, h, begin, n, scale, softcap, mine, sums + begin);
+  });
 }

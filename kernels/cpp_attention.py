@@ -18,12 +18,14 @@ _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[[int, float, float], int]:
-    """The compiled entry point; built on first use."""
-    function = build("attention").mikv_attend
-    function.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
-    function.restype = ctypes.c_int
-    return function
+def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
+    """The compiled entry points of attention and of scores; built on first use."""
+    library = build("attention")
+    attend, add_scores = library.mikv_attend, library.mikv_add_scores
+    attend.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
+    add_scores.argtypes = [*attend.argtypes, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    attend.restype = add_scores.restype = ctypes.c_int
+    return attend, add_scores
 
 
 _no_mask = (_NO_MASK, 0, 0, 0, 0, 0)
@@ -81,7 +83,7 @@ class PreparedCall:
     def __init__(
         self, buffers: StoreBuffers, fmt: LayerFormat, shape: tuple[int, int, int, int], kv_heads: int, value_dim: int
     ) -> None:
-        self._kernel = _kernel()
+        _kernels()
         batch, heads, rows, key_dim = shape
         self._shape = (batch, heads, rows, value_dim)
         tiers: list[int] = []
@@ -115,19 +117,67 @@ class PreparedCall:
         length: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend; arguments, result and errors as for :func:`attend`."""
+        batch, heads, rows, value_dim = self._shape
+        out = torch.empty((batch, heads, rows, value_dim), dtype=torch.float32, device="cpu")
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
+        kept = self._tell(q, k, v, mask, counts, length, out.data_ptr(), lse)
+        _check(_kernels()[0](self._address, scale, softcap))
+        del kept
+        return out if q.dtype is torch.float32 else out.to(q.dtype), lse
+
+    def add_scores(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        scores: torch.Tensor,
+        count: int,
+        length: int,
+    ) -> torch.Tensor:
+        """Add the call's attention to ``scores`` [B, H_kv, C] float32 of tier 0, of which ``count`` slots are used.
+
+        Other arguments, result and errors as for :func:`add_scores`.
+        """
+        batch, kv_heads, tokens, _ = k.shape
+        own = torch.zeros((batch, kv_heads, tokens), dtype=torch.float32, device="cpu")
+        batch_stride, head_stride, slot_stride = scores.stride()
+        if slot_stride != 1 and count:
+            raise NotCovered("scores are not contiguous")
+        lse = lse.contiguous()
+        counts = (count, *(0,) * (len(self._counts) - 1))
+        kept = self._tell(q, k, k, mask, counts, length, 0, lse)
+        status = _kernels()[1](
+            self._address, scale, softcap, scores.data_ptr(), batch_stride, head_stride, own.data_ptr()
+        )  # fmt: skip
+        del kept
+        _check(status)
+        return own
+
+    def _tell(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        counts: tuple[int, ...],
+        length: int,
+        out: int,
+        lse: torch.Tensor,
+    ) -> tuple[object, ...]:
+        """Write a call's arguments; the tensors whose addresses the kernel gets are returned, to be kept until then."""
         if not q.is_cpu or q.dtype not in FLOAT_KINDS:
             raise NotCovered(f"queries of {q.dtype} on {q.device}")
-        batch, heads, rows, _ = shape = self._shape
-        # Tensors whose addresses the kernel gets stay referenced by locals until it returns.
+        batch, heads, rows, _ = self._shape
         k, v = _neighbours(k), _neighbours(v)
         mask_fields = _no_mask
         if mask is not None:
             mask, mask_fields = _mask_fields(mask, batch, heads, rows, length + k.shape[2])
         rows_q = q.float().contiguous()
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
         fields = self._fields
-        _OUTPUTS.pack_into(fields, 0, rows_q.data_ptr(), out.data_ptr(), lse.data_ptr())
+        _OUTPUTS.pack_into(fields, 0, rows_q.data_ptr(), out, lse.data_ptr())
         _THREADS_AND_MASK.pack_into(fields, 8 * _THREADS, torch.get_num_threads(), *mask_fields)
         for at, count in zip(self._counts, counts, strict=True):
             _COUNT.pack_into(fields, at, count)
@@ -137,9 +187,12 @@ class PreparedCall:
             _OWN_SIDE.pack_into(fields, own, FLOAT_KINDS[side.dtype], 1, 1, side.data_ptr(), *strides[:3])
             own += 8 * _SIDE
         _FIRST_AND_COUNT.pack_into(fields, own + 24, length, k.shape[2])
-        if self._kernel(self._address, scale, softcap):
-            raise MemoryError("the attention kernel could not allocate its scratch space")
-        return out if q.dtype is torch.float32 else out.to(q.dtype), lse
+        return rows_q, k, v, mask
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("the attention kernel could not allocate its scratch space")
 
 
 def _neighbours(x: torch.Tensor) -> torch.Tensor:
@@ -178,3 +231,25 @@ def attend(
     """
     call = PreparedCall(buffers, fmt, q.shape, k.shape[1], v.shape[3])  # type: ignore[arg-type]
     return call(q, k, v, mask, scale, softcap, counts, length)
+
+
+def add_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    count: int,
+    length: int,
+) -> torch.Tensor:
+    """Add this call's attention to tier 0's scores and return the own tokens'; see :func:`attention.add_scores`.
+
+    Raises:
+        NotCovered: a dtype, device or layout that only the reference takes.
+        BuildError: the kernel cannot be compiled here.
+    """
+    call = PreparedCall(buffers, fmt, q.shape, k.shape[1], k.shape[3])  # type: ignore[arg-type]
+    return call.add_scores(q, k, lse, mask, scale, softcap, buffers.scores, count, length)

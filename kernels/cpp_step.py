@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import dispatch, masks
+from mikv_compile.kernels import dispatch, masks, store_ops
 from mikv_compile.kernels.cpp_attention import PreparedCall
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS
 from mikv_compile.kernels.cpp_tokens import AppendPlan
@@ -74,8 +74,8 @@ def step(
     """Attend, append and demote, as ``mikv::attend_v2`` and ``mikv::update_v2`` do one after the other.
 
     Returns:
-        output and log-sum-exp; None, with nothing changed, for calls that these two have to serve: the first ones of a
-        store, those whose attention is added to the scores, and what the kernels do not take.
+        output and log-sum-exp; None, with nothing changed, for calls that these two have to serve: the first one of a
+        store, those of which only some rows count for the scores, and what the kernels do not take.
     """
     if told.fresh or k.dtype not in FLOAT_KINDS or v.dtype not in FLOAT_KINDS:
         return None
@@ -83,7 +83,8 @@ def step(
     if known is None:
         return None
     fmt, own = known.fmt, k.shape[2]
-    if fmt.watch is not None and own >= fmt.watch.least:
+    watched = fmt.watch is not None and own >= fmt.watch.least
+    if watched and 0 < fmt.watch.rows < q.shape[2]:
         return None
     seen = None
     if mask is not None or told.first or told.stale:
@@ -93,8 +94,11 @@ def step(
         out, lse = known.attend(q, k, v, seen, scale, softcap, told.counts, told.length)
     except NotCovered:
         return None
-    used = told.counts[0]
-    known.append(k, v, used, told.length)
+    used, own_scores = told.counts[0], None
+    if watched:
+        own_scores = known.attend.add_scores(q, k, lse, seen, scale, softcap, buffers[-2], used, told.length)
+        own_scores = store_ops.pooled(own_scores, fmt.watch)
+    known.append(k, v, used, told.length, own_scores)
     if told.victims:
         stored = StoreBuffers.from_list(buffers)
         dispatch.run("demote", q.device, stored, fmt, told, used + own, q.shape[3], v.shape[3])

@@ -47,6 +47,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "select_tokens": "mikv_compile.kernels.cpp_tokens",
         "demote": "mikv_compile.kernels.cpp_tokens",
         "attend": "mikv_compile.kernels.cpp_attention",
+        "add_scores": "mikv_compile.kernels.cpp_attention",
     },
 }
 

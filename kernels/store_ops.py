@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mikv_compile.kernels.dispatch import REFERENCE, run
-from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, Watch
 from mikv_compile.kernels.quantize import channel_balancer
 
 READ_CHUNK = 2048
@@ -152,6 +152,13 @@ def append(
         run("demote", k.device, buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
 
 
+def pooled(own_scores: torch.Tensor, watch: Watch) -> torch.Tensor:
+    """Scores of a call's own tokens [B, H_kv, S], smoothed over neighbours as ``watch`` wants."""
+    if watch.pool == 1:
+        return own_scores
+    return F.max_pool1d(own_scores, watch.pool, stride=1, padding=watch.pool // 2)
+
+
 def update(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -177,8 +184,7 @@ def update(
         seen_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -rows:]
         seen = (q[:, :, -rows:], k, lse[:, :, -rows:], seen_mask)
         own = run("add_scores", k.device, *seen, scale, softcap, buffers, fmt, orders.counts[0], orders.length)
-        if watch.pool > 1:
-            own = F.max_pool1d(own, watch.pool, stride=1, padding=watch.pool // 2)
+        own = pooled(own, watch)
     append(k, v, own, buffers, fmt, orders)
 
 

@@ -105,7 +105,8 @@ class LayerStore:
         Then a call may append to the store as it is: no other handle can show tokens beyond.
         """
         shown = (self.base, self.end)
-        return all(h._range == shown for h in handles) and self.start == self.base and not (self._spoiled or self._pending)
+        settled = not (self._spoiled or self._pending)
+        return settled and self.start == self.base and all(handle._range == shown for handle in handles)
 
     def make_room(self, counts: tuple[int, ...]) -> None:
         """Allocate slots for ``counts`` tokens per tier. Changes no token."""
