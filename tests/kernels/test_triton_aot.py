@@ -35,6 +35,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "attend-default": (run_attend, ("8:t1c128,8:t1c128|4:t64c1,2:t1c32", 128, 128, BF16)),
     "attend-3bit": (run_attend, ("3:t1c80b,3:t64c1", 80, 80, FP16, 3, 2, True)),
+    "attend-packed": (run_attend, ("3:t1c128,3:t1c32|4:t64c1,2:t1c64|fp,8:t1c64", 128, 128, FP16, 8)),
     "write-read-copy": (run_tokens, ("8:t1c128b,3:t1c32|fp,fp", 128, 128, BF16, True)),
     "add-scores": (run_add_scores, ("8:t1c128,8:t1c128|fp,fp+scored", 128, BF16)),
     "column-sums": (run_column_sums, (128, BF16, 64)),

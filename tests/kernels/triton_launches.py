@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from mikv_compile.kernels import triton_attention, triton_common, triton_tokens
+from mikv_compile.kernels import triton_attention, triton_common, triton_decode, triton_tokens
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers, buffer_shapes
 from mikv_compile.kernels.scoring import AttentionArgs
 
@@ -116,11 +116,12 @@ def record(target: GPUTarget, run: Callable[[], None]) -> list[Launch]:
         launches.append(Launch(kernel, grid, options, args))
 
     with ExitStack() as patches:
-        for module in (triton_attention, triton_tokens):
+        for module in (triton_attention, triton_decode, triton_tokens):
             patches.enter_context(patch.object(module, "launch", note))
-        for module in (triton_attention, triton_common):
+        for module in (triton_attention, triton_common, triton_decode):
             patches.enter_context(patch.object(module, "is_amd", lambda: target.backend == "hip"))
-        patches.enter_context(patch.object(triton_attention, "processors", lambda device: 132))
+        for module in (triton_attention, triton_decode):
+            patches.enter_context(patch.object(module, "processors", lambda device: 132))
         run()
     return launches
 
