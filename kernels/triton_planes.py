@@ -49,6 +49,9 @@ def load_words(
         One tile; of 3-bit rows three: the two halves of the low bits and the high bits.
     """
     word = tl.arange(0, WORDS)
+    if WORDS == 4:
+        # A thread that loads the whole row would store it to shared memory one number at a time.
+        word = tl.max_contiguous(word, 2)
     ok = slot_ok[:, None] & (word < RANGE // 4)[None, :]
     row = FIRST_BYTE // 4 + word[None, :]
     if BITS == 3:
