@@ -108,8 +108,10 @@ def disassemble(cubin: bytes) -> list[tuple[int, str, str]]:
     ]
 
 
-def main_loop(code: list[tuple[int, str, str]]) -> Loop:
-    """The innermost loop with the most matrix instructions; without any, the whole kernel."""
+def main_loop(code: list[tuple[int, str, str]], several: bool) -> Loop:
+    """The innermost loop with the most matrix instructions; the whole kernel if none has any or ``several`` count."""
+    if several:
+        return Loop(Counter(name for _, name, _ in code), True)
     loops = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", rest)
@@ -138,6 +140,8 @@ def occupancy(chip: Chip, registers: int, shared: int, warps: int) -> int:
 def elements(launch: Launch) -> int:
     """Keys' and values' numbers that the main loop of a program reads each time, or the program if it has none."""
     args = launch.args
+    if launch.kernel.__name__ == "decode_kernel":
+        return args["N"] * (args["KEY_DIM"] + args["VALUE_DIM"]) * max(args["TIERS"], 1)
     if "KEY_DIM" in args and "VALUE_DIM" in args:
         return args.get("N", args.get("TILE")) * (args["KEY_DIM"] + args["VALUE_DIM"])
     if "SPLITS" in args:
@@ -147,14 +151,36 @@ def elements(launch: Launch) -> int:
     return args["N"] * args["KEY_DIM" if "KEY_DIM" in args else "DIM"]
 
 
+def bytes_per_element(args: dict) -> float:
+    """Codes, scales and zeros of the first tier, per number of keys and values."""
+    total = 0.0
+    for side in ("KEY", "VALUE"):
+        bits, shared = args[f"{side}_BITS0"], args[f"{side}_TOKENS0"] * args[f"{side}_CHANNELS0"]
+        total += args[f"{side}_DIM"] * (bits / 8 + (4 / shared if bits != 16 else 0))
+    return total / (args["KEY_DIM"] + args["VALUE_DIM"])
+
+
+def estimate(chip: Chip, per_element: float, size: float) -> dict:
+    """Roofline of a main loop that does nothing but issue instructions and read, each at the chip's full rate."""
+    issued = chip.processors * chip.schedulers * chip.clock * 32 / per_element
+    read = chip.bandwidth / size
+    return {
+        "bytes": round(size, 3),
+        "issue_slots": round(read / issued, 2),
+        "over_bf16": round(min(issued, read) / (chip.bandwidth / 2), 2),
+    }
+
+
 def measure(name: str, launch: Launch, target) -> dict:
     """One row of the table."""
     built = build(launch, target)
     taken = usage(built, target)
-    loop = main_loop(disassemble(built.asm["cubin"]))
+    decode = launch.kernel.__name__ == "decode_kernel"
+    single = decode and launch.args["TIERS"] == 1 and not launch.args["OWN"]
+    loop = main_loop(disassemble(built.asm["cubin"]), decode and not single)
     warps = launch.options.get("num_warps", 4)
     total, per_program = sum(loop.counts.values()), elements(launch)
-    return {
+    row = {
         "variant": name,
         "kernel": launch.kernel.__name__.removesuffix("_kernel"),
         "arch": f"sm_{target.arch}",
@@ -172,6 +198,9 @@ def measure(name: str, launch: Launch, target) -> dict:
         "conversions": loop.number(r"I2F|F2I|I2FP|F2F"),
         "barriers": loop.number(r"BAR"),
     }
+    if single:
+        row |= estimate(CHIPS[target.arch], row["per_element"], bytes_per_element(launch.args))
+    return row
 
 
 def _loads(loop: Loop, width: str) -> int:
@@ -226,6 +255,25 @@ def table(rows: list[dict]) -> str:
             f"| {row['spills']} | {row['shared']} | {row['occupancy']} | {row['instructions']}{'*' * row['whole']} "
             f"| {row['per_element']:.2f} | {loads} | {row['mma']} | {row['conversions']} | {row['barriers']} |"
         )
+    lines += [
+        "",
+        "`*`: all instructions of the kernel, not of a loop. Loads: how many of so many bits.",
+        "",
+        "Estimates from these numbers and the chips' data sheets ("
+        + ", ".join(chip.name for chip in CHIPS.values())
+        + "),",
+        "for the main loop alone, with every issue slot used. Nothing here was timed.",
+        "",
+        "| variant | arch | bytes per element | issue slots at full bandwidth | speed over bf16, at most | bound by |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        if "bytes" in row:
+            bound = "memory" if row["issue_slots"] <= 1 else "instructions"
+            lines.append(
+                f"| {row['variant']} | {row['arch']} | {row['bytes']:.3f} | {row['issue_slots']:.0%} "
+                f"| {row['over_bf16']:.1f}x | {bound} |"
+            )
     return "\n".join(lines)
 
 
