@@ -526,6 +526,8 @@ def attend_parts(
     exact = q.dtype == torch.float32
     row_block = 16 if is_amd() or group * rows > 8 else 8
     slot_block = 64 if dims <= (64 if exact else 128) else 32
+    # Narrow heads are served by few warps, and their tiles are small: more of them are on their way.
+    warps, stages = (4, 2) if dims > 64 else (2, 3)
     args: dict = {}
     for i in range(MOST_TIERS):
         if i < len(tiers):
@@ -559,7 +561,7 @@ def attend_parts(
             decode_kernel,
             (splits, batch * kv_heads),
             q.device,
-            {"num_warps": 4 if dims > 64 else 2, "num_stages": 1 if is_amd() else 2, "enable_fp_fusion": True},
+            {"num_warps": warps, "num_stages": 1 if is_amd() else stages, "enable_fp_fusion": True},
             q=q, **strides("q", q, "bhr"), k=k, **strides("k", k, "bhn"), v=v, **strides("v", v, "bhn"), **args,
             balancer=balancer.contiguous() if any(part.key_fmt.balanced for part in tiers) else None,
             **mask_args, part_out=part_out, part_max=part_max, part_sum=part_sum, **score_args,
