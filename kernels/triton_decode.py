@@ -16,6 +16,9 @@ along, so that both fit into float16. Float32 queries and weights are multiplied
 otherwise is dequantized or converted, and multiplied in the type that ``dot_type`` tells.
 """
 
+# Triton's tuples grow, which mypy does not know of.
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -526,12 +529,13 @@ def attend_parts(
     exact = q.dtype == torch.float32
     row_block = 16 if is_amd() or group * rows > 8 else 8
     slot_block = 64 if dims <= (64 if exact else 128) else 32
-    # Narrow heads are served by few warps, and their tiles are small: more of them are on their way.
-    warps, stages = (4, 2) if dims > 64 else (2, 3)
+    # Two warps suffice for narrow heads, unless rows fill their registers. Such tiles are small: three are under way.
+    warps, stages = (4, 2) if dims > 64 or exact or row_block > 8 else (2, 3)
     args: dict = {}
     for i in range(MOST_TIERS):
         if i < len(tiers):
             part = tiers[i]
+            assert part.positions is not None
             floats = [s.codes for s, f in ((part.key, part.key_fmt), (part.value, part.value_fmt)) if f.is_float]
             key_mode = _mode(part.key_fmt, key_dim, slot_block, True)
             value_mode = _mode(part.value_fmt, value_dim, slot_block, False)

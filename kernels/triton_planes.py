@@ -10,6 +10,9 @@ All columns that come from one word stay neighbours. Column ``c`` of a tile of P
 ``plane * width + 4 * word + 2 * half + pair`` (see ``packing.py`` for planes and widths).
 """
 
+# Triton's tuples may differ in length, which mypy does not know of.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
