@@ -1,17 +1,16 @@
 """Attention over tiers and the scores that follow from it: Triton kernels for the references in :mod:`attention`.
 
-Decode attention is split along the slots: one launch per tier, and one for the call's own tokens, write for each split
-the maximum score, the sum of weights and the weighted sum of values of every row; a last kernel merges them. The query
-heads of a KV head and the rows of a call are packed into the rows of one dot, as in the reference.
+Attention is split along the slots: for each split, a kernel writes a pivot, the sum of weights and the weighted sum of
+values of every row; a last kernel merges them. Calls of few rows are one launch over all parts
+(``triton_decode.py``); others are one launch per tier and one for the call's own tokens. The query heads of a KV head
+and the rows of a call are packed into the rows of one dot, as in the reference.
 
-Codes enter dots as they are when one scale serves all channels of a token: the scale then leaves the dot of the keys
-and joins the weights of the values. Other codes are dequantized in registers. Dots add up in float32; see
-``dot_type`` for what they multiply in.
+In the kernels of this file, codes enter dots as they are when one scale serves all channels of a token: the scale then
+leaves the dot of the keys and joins the weights of the values. Other codes are dequantized in registers. Dots add up in
+float32; see ``dot_type`` for what they multiply in.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,6 +20,10 @@ from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.formats import LayerFormat, SideBuffers, SideFormat, StoreBuffers
 from mikv_compile.kernels.scoring import AttentionArgs
 from mikv_compile.kernels.triton_common import (
+    MASK_ADD,
+    MASK_BOOL,
+    MASK_NONE,
+    capped,
     dot_precision,
     dot_type,
     is_amd,
@@ -34,10 +37,11 @@ from mikv_compile.kernels.triton_common import (
     padded,
     processors,
     side_args,
+    strides,
     tile_channels,
 )
+from mikv_compile.kernels.triton_decode import MOST_ROWS, MOST_TIERS, Part, attend_parts
 
-MASK_NONE, MASK_BOOL, MASK_ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PROGRAMS_PER_PROCESSOR = 4
 TILE_ELEMENTS = 4096
 """Numbers in a tile of keys or values."""
@@ -63,15 +67,6 @@ def _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK:
         else:
             scores += tl.load(mask + where, mask=ok, other=0.0).to(tl.float32)
     return tl.where(ok, scores, float("-inf"))
-
-
-@triton.jit
-def _capped(scores, softcap, CAPPED: tl.constexpr):
-    """``softcap * tanh(scores / 2)``, if CAPPED; see ``_score_args`` for the other factors."""
-    if CAPPED:
-        # From exp, as the interpreter has no tanh; its error is that of a float32 number as large as the softcap.
-        scores = softcap - 2.0 * softcap / (1.0 + tl.exp(scores))
-    return scores
 
 
 @triton.jit
@@ -180,7 +175,7 @@ def attend_kernel(
         if POSITIONED and MASK != MASK_NONE:
             place = tl.load(positions + head * capacity + slot, mask=slot_ok, other=0)
         ok = row_ok[:, None] & slot_ok[None, :]
-        scores = _capped(scores, softcap, CAPPED)
+        scores = capped(scores, softcap, CAPPED)
         scores = _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK)
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         # While a row has seen only -inf, any finite pivot gives weights of 0 where -inf would give NaN.
@@ -234,26 +229,9 @@ def merge_kernel(
     tl.store(lse + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tokens that one launch reads: a tier, or the call's own."""
-
-    key: SideBuffers
-    key_fmt: SideFormat
-    value: SideBuffers
-    value_fmt: SideFormat
-    positions: torch.Tensor | None
-    count: int
-
-
-def _own_part(k: torch.Tensor, v: torch.Tensor) -> _Part:
+def _own_part(k: torch.Tensor, v: torch.Tensor) -> Part:
     exact = SideFormat(bits=16)
-    return _Part(SideBuffers(k, k, k), exact, SideBuffers(v, v, v), exact, None, k.shape[2])
-
-
-def _strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
-    """The strides of the first axes, as ``{name}_s{axis}``."""
-    return {f"{name}_s{axis}": x.stride(i) for i, axis in enumerate(axes)}
+    return Part(SideBuffers(k, k, k), exact, SideBuffers(v, v, v), exact, None, k.shape[2])
 
 
 def _mask_args(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> dict:
@@ -266,13 +244,13 @@ def _mask_args(mask: torch.Tensor | None, shape: tuple[int, int, int]) -> dict:
         full = full.view(torch.uint8)
     else:
         need_floats(full)
-    return {"mask": full, **_strides("mask", full, "bhrc"), "MASK": kind.value}
+    return {"mask": full, **strides("mask", full, "bhrc"), "MASK": kind.value}
 
 
 def _score_args(scale: float, softcap: float) -> dict:
     """Kernel arguments for ``scale * qk``, or for ``softcap * tanh(scale * qk / softcap)`` if the softcap is not 0.
 
-    The scale takes the factors within the tanh of ``_capped`` along.
+    The scale takes the factors within the tanh of ``capped`` along.
     """
     factor = 2.0 * scale / softcap if softcap else scale
     return {"scale": float(factor), "softcap": float(softcap), "CAPPED": softcap != 0}
@@ -293,30 +271,18 @@ def _tiling(rows: int, slots: int, dims: int, dot: tl.dtype, bits: tuple[int, ..
     return row_block, slot_block, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def attend(
+def _attend_each(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    buffers: StoreBuffers,
-    fmt: LayerFormat,
-    counts: tuple[int, ...],
+    kv_heads: int,
+    value_dim: int,
+    parts: list[Part],
+    balancer: torch.Tensor,
+    mask_args: dict,
+    score_args: dict,
     length: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a call's queries over all tiers and its own tokens; see :func:`attention.attend`."""
-    need_floats(q, k, v)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention over all splits of each part, still to be merged: a launch per part, for any number of rows."""
     batch, heads, rows, key_dim = q.shape
-    kv_heads, value_dim = k.shape[1], v.shape[-1]
-    q, k, v = neighbours(q), neighbours(k), neighbours(v)
-    parts = [_own_part(k, v)] if k.shape[2] else []
-    for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
-        if count:
-            need_contiguous(*tier.key, *tier.value, tier.positions)
-            need_small(tier)
-            parts.append(_Part(tier.key, tier_fmt.key, tier.value, tier_fmt.value, tier.positions, count))
-
     group = heads // kv_heads
     dims = max(padded(key_dim), padded(value_dim))
     plan, splits = [], 0
@@ -337,7 +303,6 @@ def attend(
     part_out = torch.empty(splits, all_rows, value_dim, dtype=torch.float32, device=q.device)
     part_max = torch.empty(splits, all_rows, dtype=torch.float32, device=q.device)
     part_sum = torch.empty_like(part_max)
-    mask_args = _mask_args(mask, (batch, heads, rows))
     for part, grid, options, sizes in plan:
         balanced = part.key_fmt.balanced
         launch(
@@ -345,25 +310,57 @@ def attend(
             grid,
             q.device,
             options,
-            q=q, **_strides("q", q, "bhr"),
-            **side_args("key", part.key, part.key_fmt, key_dim), **_strides("key", part.key.codes, "bhn"),
-            **side_args("value", part.value, part.value_fmt, value_dim), **_strides("value", part.value.codes, "bhn"),
-            positions=part.positions, balancer=buffers.balancer.contiguous() if balanced else None, **mask_args,
+            q=q, **strides("q", q, "bhr"),
+            **side_args("key", part.key, part.key_fmt, key_dim), **strides("key", part.key.codes, "bhn"),
+            **side_args("value", part.value, part.value_fmt, value_dim), **strides("value", part.value.codes, "bhn"),
+            positions=part.positions, balancer=balancer.contiguous() if balanced else None, **mask_args,
             part_out=part_out, part_max=part_max, part_sum=part_sum,
-            **_score_args(scale, softcap), count=part.count, length=length,
+            **score_args, count=part.count, length=length,
             capacity=0 if part.positions is None else part.positions.shape[2],
             kv_heads=kv_heads, group=group, rows=rows,
             BALANCED=balanced, POSITIONED=part.positions is not None, PRECISION=dot_precision(),
             KEY_BLOCK=padded(key_dim), VALUE_BLOCK=padded(value_dim), **sizes,
         )  # fmt: skip
+    return part_out, part_max, part_sum
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    counts: tuple[int, ...],
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a call's queries over all tiers and its own tokens; see :func:`attention.attend`."""
+    need_floats(q, k, v)
+    batch, heads, rows, key_dim = q.shape
+    kv_heads, value_dim = k.shape[1], v.shape[-1]
+    q, k, v = neighbours(q), neighbours(k), neighbours(v)
+    tiers = []
+    for tier, tier_fmt, count in zip(buffers.tiers, fmt.tiers, counts, strict=True):
+        if count:
+            need_contiguous(*tier.key, *tier.value, tier.positions)
+            need_small(tier)
+            tiers.append(Part(tier.key, tier_fmt.key, tier.value, tier_fmt.value, tier.positions, count))
+    seen = (_mask_args(mask, (batch, heads, rows)), _score_args(scale, softcap), length)
+    if heads // kv_heads * rows <= MOST_ROWS and len(tiers) <= MOST_TIERS:
+        part_out, part_max, part_sum = attend_parts(q, k, v, tiers, buffers.balancer, *seen)
+    else:
+        own = [_own_part(k, v)] if k.shape[2] else []
+        part_out, part_max, part_sum = _attend_each(q, kv_heads, value_dim, own + tiers, buffers.balancer, *seen)
     out = torch.empty(batch, heads, rows, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     launch(
         merge_kernel,
-        (all_rows,),
+        (batch * heads * rows,),
         q.device,
         {"enable_fp_fusion": True},
-        part_out=part_out, part_max=part_max, part_sum=part_sum, out=out, lse=lse, splits=splits,
+        part_out=part_out, part_max=part_max, part_sum=part_sum, out=out, lse=lse, splits=part_out.shape[0],
         VALUE_DIM=value_dim, VALUE_BLOCK=padded(value_dim), SPLITS=MERGED_SPLITS,
     )  # fmt: skip
     return out, lse
@@ -411,7 +408,7 @@ def add_scores_kernel(
             KEY_DIM, KEY_BITS, KEY_TOKENS, KEY_CHANNELS, DOT, PRECISION, KEY_BLOCK, N,
         )  # fmt: skip
         ok = row_ok[:, None] & slot_ok[None, :]
-        scores = _capped(scores, softcap, CAPPED)
+        scores = capped(scores, softcap, CAPPED)
         scores = _masked(scores, ok, mask, mask_sh, mask_sr, mask_sc, row, rows, place, MASK)
         norm = tl.load(lse + head * group * rows + row, mask=row_ok, other=0.0)
         norm = tl.where(norm == float("-inf"), 0.0, norm)
@@ -458,8 +455,8 @@ def add_scores(
             (triton.cdiv(part_count, slot_block), batch * kv_heads),
             q.device,
             options,
-            q=q, **_strides("q", q, "bhr"),
-            **side_args("key", side, side_fmt, key_dim), **_strides("key", side.codes, "bhn"),
+            q=q, **strides("q", q, "bhr"),
+            **side_args("key", side, side_fmt, key_dim), **strides("key", side.codes, "bhn"),
             positions=positions, balancer=buffers.balancer.contiguous() if side_fmt.balanced else None,
             **_mask_args(mask, (batch, heads, rows)),
             lse=lse.contiguous(), sums=sums, sums_stride=sums.shape[2],
@@ -480,7 +477,7 @@ def _prefill_scores(
     """Scaled, capped and masked scores of query rows [M, D] and keys [N] of one head: [M, N] float32."""
     where = column.to(tl.int64)[:, None] * k_sn + channel[None, :]
     keys = tl.load(k + where, mask=column_ok[:, None] & channel_ok[None, :], other=0.0).to(DOT)
-    scores = _capped(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, softcap, CAPPED)
+    scores = capped(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, softcap, CAPPED)
     ok = row_ok[:, None] & column_ok[None, :]
     if CAUSAL:
         ok &= column[None, :] <= row[:, None]
@@ -603,7 +600,7 @@ def column_sums(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs, last_rows
     norms = torch.empty(batch, heads, rows - first_row, 2, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     shared = {
-        "q": q, **_strides("q", q, "bhr"), "k": k, **_strides("k", k, "bhn"), **mask_args,
+        "q": q, **strides("q", q, "bhr"), "k": k, **strides("k", k, "bhn"), **mask_args,
         "norms": norms, **_score_args(args.scale, args.softcap),
         "first_row": first_row, "rows": rows, "tokens": tokens, "group": heads // kv_heads,
         "DIM": dim, "CAUSAL": args.is_causal, "DOT": dot,

@@ -17,6 +17,7 @@ import triton.language as tl
 from mikv_compile.kernels.dispatch import BuildError, NotCovered
 from mikv_compile.kernels.formats import SideBuffers, SideFormat, TierBuffers
 
+MASK_NONE, MASK_BOOL, MASK_ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = triton.knobs.runtime.interpret
 _CPU_PROCESSORS = 16
@@ -104,6 +105,11 @@ def need_small(tier: TierBuffers) -> None:
             raise NotCovered("a head of a tier takes too many bytes")
 
 
+def strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
+    """The strides of the first axes, as ``{name}_s{axis}``."""
+    return {f"{name}_s{axis}": x.stride(i) for i, axis in enumerate(axes)}
+
+
 def side_args(name: str, side: SideBuffers, fmt: SideFormat, dim: int) -> dict:
     """Kernel arguments that describe one stored side, all with the prefix ``name``."""
     coded = not fmt.is_float
@@ -116,6 +122,15 @@ def side_args(name: str, side: SideBuffers, fmt: SideFormat, dim: int) -> dict:
         f"{name.upper()}_TOKENS": fmt.tokens,
         f"{name.upper()}_CHANNELS": fmt.channels if coded else dim,
     }
+
+
+@triton.jit
+def capped(scores, softcap, CAPPED: tl.constexpr):
+    """``softcap * tanh(scores / 2)``, if CAPPED; other factors are part of the scale that scores were given."""
+    if CAPPED:
+        # From exp, as the interpreter has no tanh; its error is that of a float32 number as large as the softcap.
+        scores = softcap - 2.0 * softcap / (1.0 + tl.exp(scores))
+    return scores
 
 
 @triton.jit

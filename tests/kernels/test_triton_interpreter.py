@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 pytest.importorskip("triton")
-from mikv_compile.kernels import triton_attention, triton_tokens
+from mikv_compile.kernels import triton_attention, triton_decode, triton_tokens
 
 ops = torch.ops.mikv
 BATCH, KV_HEADS = 2, 2
@@ -247,6 +247,81 @@ def test_attend(case):
     if kind is not None and kind[0] != "min":
         assert (out[:, :, 0] == 0).all() and (lse[:, :, 0] == float("-inf")).all()
     assert_same_bits(store.to_list(), before.to_list())
+
+
+# As ATTENDS, with few packed rows: all parts are one launch, and a tile has 64 slots.
+SPLITS = [
+    # Tiers of one slot, an empty one, blocks, and tiles that are full or not; three tiers and own tokens.
+    ("8:t1c64,8:t1c64|4:t64c1,2:t1c32|2:t64c1b,2:t1c64", [1, 128, 64], 2, 64, 64, 4, torch.float16, None, 2, 0.0),
+    ("8:t1c64,8:t1c64|4:t64c1,2:t1c32|2:t64c1b,2:t1c64", [65, 0, 64], 1, 64, 64, 1, torch.float32, ("inf", 0, 1, 1), 3,
+     0.0),
+    ("fp,fp|2:t1c32b,2:t1c32", [0, 129], 0, 64, 64, 2, torch.bfloat16, ("bool", 1, 1, 0), 1, 0.0),
+    # 3-bit codes in groups of planes, of half a plane and of single channels.
+    ("3:t1c128,3:t1c32|3:t64c1,3:t1c64", [64, 64], 1, 128, 128, 3, torch.float16, None, 1, 0.0),
+    # 8-bit codes whose groups split the row, and rows that are padded to words.
+    ("8:t1c32,8:t1c16|4:t1c16,4:t16c16", [63, 16], 1, 64, 64, 8, torch.float32, None, 1, 0.0),
+    ("4:t1c40,2:t1c20|4:t64c1,2:t1c80", [17, 64], 1, 80, 80, 2, torch.float32, ("bool", 0, 0, 1), 4, 1.5),
+    # More tiers than one launch takes.
+    ("fp,fp|8:t1c64,4:t1c64|4:t1c32,4:t1c64|2:t1c64,2:t1c16", [3, 5, 70, 1], 1, 64, 64, 2, torch.float32, None, 1, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", SPLITS)
+@pytest.mark.parametrize("processors", [1, 64])
+def test_splits(case, processors, monkeypatch):
+    """One split for everything and one for each tile. Whatever is not in use is poison."""
+    monkeypatch.setattr(triton_decode, "processors", lambda device: processors)
+    *case, softcap = case
+    _, counts, _, key_dim, _, _, dtype, _, _ = case
+    fmt, store, length, q, k, v, mask = attend_case(*case)
+    args = (q, k, v, mask, key_dim**-0.5, softcap, store, fmt, tuple(counts), length)
+    tolerance = HALF_TOLERANCE[dtype]
+    for actual, expected in zip(triton_attention.attend(*args), attention.attend(*args), strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_converted_codes(monkeypatch):
+    """As on GPUs whose dots may not take subnormal numbers."""
+    monkeypatch.setattr(triton_decode, "is_amd", lambda: True)
+    fmt, store, length, q, k, v, _ = attend_case(*SPLITS[3][:-1])
+    args = (q, k, v, None, 0.1, 0.0, store, fmt, tuple(SPLITS[3][1]), length)
+    for actual, expected in zip(triton_attention.attend(*args), attention.attend(*args), strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attend_to_extremes(size, dtype):
+    """Channels and tokens of very different size, constant groups, and queries far from 1."""
+    torch.manual_seed(0)
+    fmt = LayerFormat.parse("8:t1c64,8:t1c64|4:t64c1,2:t1c32")
+    store = new_store(fmt, 64, 64, [64, 128], dtype)
+    k = head_last(BATCH, KV_HEADS, 192, 64, torch.float32) * torch.logspace(-3, 1.5, 64)
+    v = head_last(BATCH, KV_HEADS, 192, 64, torch.float32) * torch.logspace(-4, 1, 192)[:, None]
+    k[..., 5], v[:, :, 7] = 1.25, 0.5
+    for i, tier in enumerate(store.tiers):
+        index = torch.arange(64 * i, 64 + 128 * i).expand(BATCH, KV_HEADS, -1)
+        tokens.write_tokens(tier, fmt.tiers[i], 0, k.to(dtype), v.to(dtype), index, 0, None, None)
+    q = (head_last(BATCH, KV_HEADS, 2, 64, torch.float32) * size).to(dtype)
+    own = torch.zeros(BATCH, KV_HEADS, 0, 64, dtype=dtype)
+    args = (q, own, own, None, 0.01 / size, 0.0, store, fmt, (64, 128), 192)
+    tolerance = HALF_TOLERANCE[dtype]
+    for actual, expected in zip(triton_attention.attend(*args), attention.attend(*args), strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_split_plan():
+    """Equal costs, no split without a tile, and no more splits than are wanted or worth it."""
+    cases = [([1], [1.0], 66), ([6, 500], [2.0, 1.0], 50), ([1000], [3.0], 1), ([40, 1], [1.0, 9.0], 400)]
+    for tiles, costs, wanted in cases:
+        blocks = triton_decode.plan_splits(tiles, costs, wanted)
+        splits = [-(-n // block) for n, block in zip(tiles, blocks, strict=True)]
+        assert all(1 <= block <= n for n, block in zip(tiles, blocks, strict=True))
+        assert sum(splits) <= max(1.5 * wanted, len(tiles))
+        assert sum(splits) <= max(triton_decode.SHORT_SPLITS, sum(tiles) / 2) + len(tiles)
+    assert triton_decode.plan_splits([], [], 4) == []
+    # Half the cost, twice the tiles.
+    assert triton_decode.plan_splits([100, 100], [2.0, 1.0], 30) == [5, 10]
 
 
 @pytest.mark.parametrize("case", [c for c in ATTENDS if c[1][0]][1:])
