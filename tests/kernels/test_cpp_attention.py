@@ -17,11 +17,11 @@ pytestmark = pytest.mark.skipif(
 POISON_POSITION = 1 << 30
 
 
-def build_store(text, counts, dim, value_dim=None, batch=1, kv_heads=2, dtype=torch.float32):
+def build_store(text, counts, dim, value_dim=None, batch=1, kv_heads=2, dtype=torch.float32, spare=2):
     """A store with random tokens in the first ``counts`` slots and poison in all others."""
     fmt = LayerFormat.parse(text)
     value_dim = value_dim or dim
-    capacities = [(count // tier.block + 2) * tier.block for count, tier in zip(counts, fmt.tiers, strict=True)]
+    capacities = [(count // tier.block + spare) * tier.block for count, tier in zip(counts, fmt.tiers, strict=True)]
     shapes = buffer_shapes(fmt, batch, kv_heads, dim, value_dim, capacities, dtype)
     flat = [torch.full(s, math.nan if d.is_floating_point else 255, dtype=d) for s, d in shapes]
     buffers = StoreBuffers.from_list(flat)
@@ -298,13 +298,13 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_failed", set())
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
-    cpp_attention._kernel.cache_clear()
+    cpp_attention._kernels.cache_clear()
     try:
         with dispatch.use("cpp"):
             for _ in range(3):
                 out, lse = dispatch.run("attend", torch.device("cpu"), *args)
     finally:
-        cpp_attention._kernel.cache_clear()
+        cpp_attention._kernels.cache_clear()
     want, want_lse = attention.attend(*args)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
     assert len(warnings) == 1 and "no compiler here" in warnings[0]
