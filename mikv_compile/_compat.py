@@ -91,6 +91,12 @@ def growing_fake(
     return fake_mode.from_tensor(example, symbolic_context=context, source=source)
 
 
+def fake_of_size(fake_mode: Any, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous fake tensor whose sizes may be symbols that others have."""
+    with fake_mode:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
 def fake_mode_of(fake: Any) -> Any:
     """The fake mode that a fake tensor, or the inner tensor of a fake handle, belongs to."""
     return getattr(fake, "anchor", fake).fake_mode

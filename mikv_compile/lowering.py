@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 import mikv_compile.kernels.ops  # noqa: F401  (declares torch.ops.mikv)
 from mikv_compile import _compat
 from mikv_compile.kernels import dispatch
-from mikv_compile.kernels.formats import Orders, buffer_names, buffer_shapes
+from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
 from mikv_compile.passes.node_utils import fake, known_equal
 from mikv_compile.plan import CacheShape, LayerPlan, Planner, check_counts_no_layers
@@ -193,12 +193,23 @@ class Lowering:
             plan.format, batch, int(k.heads), int(k.dim), int(v.dim),
             [max(_EXAMPLE_SLOTS, 2 * t.block) for t in plan.format.tiers], key.dtype,
         )  # fmt: skip
-        made = []
-        for name, (shape, dtype) in zip(buffer_names(tiers), shapes, strict=True):
+        made: list[tuple[str, torch.Tensor]] = []
+        sizes: dict[tuple[int, int], Any] = {}
+        for number, (name, (shape, dtype)) in enumerate(zip(buffer_names(tiers), shapes, strict=True)):
+            # Buffers of a tier have one capacity, and the scores that of tier 0. With a symbol for each buffer,
+            # compiling would take twice as long.
+            tier = number // BUFFERS_PER_TIER if number < BUFFERS_PER_TIER * tiers else 0
             grows = {2} if name != "balancer" and 0 not in shape else set()
             dynamic = grows | ({0} if symbolic_batch else set())
             source = self.source(site, name)
-            made.append((name, _compat.growing_fake(mode, shape, dtype, key.device, dynamic, source)))
+            known = {dim: sizes.get((tier if dim else -1, shape[dim])) for dim in dynamic}
+            if dynamic and all(size is not None for size in known.values()):
+                size = tuple(known.get(dim, n) for dim, n in enumerate(shape))
+                made.append((name, _compat.fake_of_size(mode, size, dtype, key.device)))
+                continue
+            fresh = _compat.growing_fake(mode, shape, dtype, key.device, dynamic, source)
+            sizes |= {(tier if dim else -1, shape[dim]): fresh.shape[dim] for dim in dynamic}
+            made.append((name, fresh))
         told = torch.zeros(Orders.encoded_size(tiers), dtype=torch.int64)
         source = self.source(site, "orders")
         orders = _compat.growing_fake(mode, tuple(told.shape), told.dtype, told.device, set(), source)

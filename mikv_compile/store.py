@@ -123,17 +123,35 @@ class LayerStore:
         capacities = self.plan.capacities(counts, self.capacities)
         if capacities == self.capacities:
             return
-        shaped = [torch.empty(0)] * len(self.buffers)
         s = self.site
         shapes = buffer_shapes(self.plan.format, s.batch, s.kv_heads, s.key_dim, s.value_dim, capacities, s.dtype)
-        for i, (old, (shape, dtype)) in enumerate(zip(self.buffers, shapes, strict=True)):
-            if tuple(old.shape) == shape:
-                shaped[i] = old
-                continue
-            with torch.inference_mode(False):
-                shaped[i] = torch.zeros(shape, dtype=dtype, device=self.device)
-                shaped[i][:, :, : old.shape[2]] = old
-        self.buffers, self.capacities = shaped, capacities
+        before = [b.shape[2] for b in self.buffers]
+        try:
+            # One buffer after the other: the old and the new one of each exist for a moment only.
+            for i, (shape, dtype) in enumerate(shapes):
+                if tuple(self.buffers[i].shape) != shape:
+                    self._resize(i, shape, dtype)
+        except BaseException:
+            self._shrink_back(before)
+            raise
+        self.capacities = capacities
+
+    def _resize(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Give buffer ``i`` more slots."""
+        with torch.inference_mode(False):
+            grown, old = torch.zeros(shape, dtype=dtype, device=self.device), self.buffers[i]
+            grown[:, :, : old.shape[2]] = old
+            self.buffers[i] = grown
+
+    def _shrink_back(self, slots: list[int]) -> None:
+        """After a growth that failed half-way: all buffers of a tier must have one size again."""
+        try:
+            for i, (buffer, count) in enumerate(zip(self.buffers, slots, strict=True)):
+                if buffer.shape[2] != count:
+                    with torch.inference_mode(False):
+                        self.buffers[i] = buffer[:, :, :count].clone()
+        except BaseException:
+            self.spoil(INTERRUPTED)
 
     def commit(self, orders: Orders, new: int) -> None:
         """The ops of a call have run: take over the fill that ``orders`` said."""

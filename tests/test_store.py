@@ -297,6 +297,46 @@ def test_a_failed_allocation_leaves_the_cache_as_it_was(monkeypatch):
     assert cache.length == 65
 
 
+@pytest.mark.parametrize("options", [{"budget": 1.0}, {"preset": "mikv-paper"}])
+def test_growth_that_fails_half_way_leaves_the_cache_as_it_was(monkeypatch, options):
+    _, fast, cache, _ = filled(tokens=64, options=options)
+    store = cache.keys[1].store
+    before, sizes = cache.keys[1].dequantize(), [b.shape for b in store.buffers]
+    resize, left = type(store)._resize, [3]
+
+    def failing(self, *args):
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("injected")
+        resize(self, *args)
+
+    many = store.capacities[0] - store.counts[0] + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "_resize", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(fast, cache, inputs([many]))
+    assert left[0] <= 0 and [b.shape for b in cache.keys[1].store.buffers] == sizes
+    assert torch.equal(cache.keys[1].dequantize(), before)
+    run(fast, cache, inputs([many]))
+    assert cache.length == 64 + many
+
+
+def test_growing_holds_two_of_one_buffer_at_most(monkeypatch):
+    _, fast, cache, _ = filled(tokens=64, options={"budget": 1.0})
+    store = cache.keys[1].store
+    resize, alive = type(store)._resize, []
+
+    def watched(self, i, shape, dtype):
+        old = [b.untyped_storage() for b in self.buffers]
+        resize(self, i, shape, dtype)
+        new = [b.untyped_storage() for b in self.buffers]
+        alive.append(sum(a.data_ptr() != b.data_ptr() for a, b in zip(old, new, strict=True)))
+
+    monkeypatch.setattr(type(store), "_resize", watched)
+    run(fast, cache, inputs([store.capacities[0] - 64 + 1]))
+    assert alive and set(alive) == {1}
+
+
 def test_an_error_while_a_step_is_taken_over(monkeypatch):
     """Ordinary steps leave the cache as it was, demoting ones mark it."""
     for options, tokens, spoiled in (({"budget": 1.0}, 64, False), ({"preset": "mikv-paper"}, 200, True)):
