@@ -47,7 +47,7 @@ constexpr int64_t kTile = 64;      // slots; a float32 tile of 128 channels take
 constexpr int64_t kSlotPad = 16;   // scores are computed for multiples of this many slots
 constexpr int64_t kRowBlock = 32;  // query rows that share one dequantized tile
 constexpr int64_t kItems = 64;     // work items to aim for: some balance between threads, few partial results
-constexpr int64_t kMinSplit = 256; // slots below which a range of its own does not pay
+constexpr int64_t kMinSplit = 512; // slots below which a range of its own does not pay
 constexpr int64_t kTilesPerThread = 24;  // tiles of work below which one more thread does not pay
 constexpr int kMaxRows = kAccumulators >= 16 ? 4 : 2;  // query rows in registers at a time
 static_assert(kSlotPad % kLanes == 0 && kTile % kSlotPad == 0, "softmax works on whole vectors of scores");
