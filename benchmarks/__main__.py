@@ -45,7 +45,7 @@ def decode(
         model, scenarios, lower = model or "tiny", scenarios or "96x1,96x2", "eager"
     on_gpu = device.startswith("cuda")
     model = model or ("8b" if on_gpu else "smollm2")
-    scenarios = scenarios or ("32768x1,32768x8,131072x1,32768xmax" if on_gpu else "512x1,4096x1,8192x4")
+    scenarios = scenarios or ("32768x1,32768x8,131072x1,32768xmax" if on_gpu else "64x1,512x1,4096x1,8192x4")
     chosen = [benchmark.Scenario.parse(text) for text in scenarios.split(",")]
     benchmark.run(torch.device(device), quick, folder, model, chosen, seconds, lower, Deadline(deadline))
 
