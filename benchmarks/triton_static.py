@@ -320,6 +320,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="variants whose names contain this; nothing is written")
     given = parser.parse_args()
     rows = measure_all(given.only)
+    if not rows:
+        parser.error(f"no variant has {given.only!r} in its name")
     text = table(rows)
     print(text)
     if given.check:

@@ -91,9 +91,8 @@ struct Scratch {
     coded.folded = take(kFewRows * vectors * kLanes);
     coded.q_sums = take(kFewRows * dim);
     coded.bias = take(kFewRows);
-    coded.acc = take(kFewRows * (vectors + dim / kLanes + 1) * kLanes);
-    // A group that serves whole vectors has a lane's worth of channels at least; a single group may be smaller.
-    const int64_t groups = dim / kLanes + 1;
+    const int64_t groups = most_groups(dim);
+    coded.acc = take(kFewRows * (vectors + groups) * kLanes);
     coded.scales = take(groups * kTile);
     coded.zeros = take(groups * kTile);
     coded.raw = take(groups * kTile);

@@ -147,11 +147,16 @@ struct Planes {
   static int64_t most_vectors(int64_t dim) { return dim / kLanes + 8; }
 };
 
+// Groups of a side that is read as it is.
+constexpr int64_t most_groups(int64_t dim) { return dim / kLanes + 1; }
+
 // Whether a side can be read as it is: its scales serve whole tiles (keys only), or single tokens.
 bool is_direct(const Side& side, int64_t dim, bool is_key) {
   if (!is_coded(static_cast<int>(side.kind))) return true;
   if (is_key && side.tokens % kTile == 0) return true;
-  return side.tokens == 1 && Planes(side, dim).whole_groups();
+  const Planes planes(side, dim);
+  // Narrow planes may hold whole groups of less than a vector; there is no room for that many.
+  return side.tokens == 1 && planes.groups <= most_groups(dim) && planes.whole_groups();
 }
 
 // Natural order to plane order, zeros in lanes that do not exist.

@@ -43,11 +43,13 @@ def _look_up(
 ) -> _KnownStore | None:
     """What is known of a store.
 
-    The key holds all that follows from the buffers: their addresses, and the sizes from which contiguous buffers of one
-    format get their shapes. So another store in the same memory is never taken for this one.
+    The key holds all that follows from the buffers: their addresses, the sizes from which contiguous buffers of one
+    format get their shapes, and the dtypes of codes, as "fp" stands for the model's own. So another store in the same
+    memory is never taken for this one.
     """
     slots = tuple(x.shape[2] for x in buffers[BUFFERS_PER_TIER - 1 :: BUFFERS_PER_TIER])
-    key = (format, *q.shape, k.shape[1], v_dim, slots, *(x.data_ptr() for x in buffers))
+    dtypes = tuple(x.dtype for x in buffers[0:-2:BUFFERS_PER_TIER] + buffers[3:-2:BUFFERS_PER_TIER])
+    key = (format, *q.shape, k.shape[1], v_dim, slots, dtypes, *(x.data_ptr() for x in buffers))
     found = _known.get(key, _known)
     if found is _known:
         if len(_known) >= _MOST_KEPT:

@@ -123,6 +123,12 @@ def make_args(
         ("3:t1c64,3:t1c32", [257], {"dim": 128, "group": 3}),
         ("3:t1c20,3:t1c80", [63], {"dim": 80, "group": 8, "rows": 5, "mask": "float"}),
         ("3:t1c8,4:t1c1", [63], {"dim": 64, "group": 1, "rows": 33, "mask": "bool"}),
+        # Planes that are narrower than a vector, with several groups each.
+        ("2:t1c8,2:t1c8", [63], {"dim": 32, "group": 8}),
+        ("3:t1c8,3:t1c8", [70], {"dim": 64, "group": 4}),
+        ("2:t1c5,2:t1c5", [63], {"dim": 20, "group": 2}),
+        ("3:t1c12,3:t1c4", [63], {"dim": 96, "group": 8}),
+        ("3:t1c4,4:t1c2", [63], {"dim": 32, "group": 8}),
         # Dims that are no multiple of a vector.
         ("8:t1c4,8:t1c12", [63], {"dim": 12, "group": 3, "mask": "bool"}),
         ("4:t1c2,2:t1c4", [64], {"dim": 20, "group": 8}),

@@ -77,7 +77,9 @@ def test_a_store_in_memory_that_another_one_had():
             made.append(block[: x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x))
         return made
 
-    for counts, options in (((100,), {}), ((300,), {}), ((100,), {"batch": 1}), ((300,), {"rows": 4}), ((100,), {})):
+    half, brain = {"dtype": torch.float16}, {"dtype": torch.bfloat16}
+    cases = [((100,), {}), ((300,), {}), ((100,), {"batch": 1}), ((300,), {"rows": 4}), ((100,), {}), ((100,), half)]
+    for counts, options in (*cases, ((100,), brain), ((100,), half)):
         args, buffers, orders, fmt = make_call("fp,fp", counts, **options)
         got = ops.step_v1(*args, placed(buffers), orders.encode(), fmt, "h2o")
         stored = StoreBuffers.from_list(buffers)
