@@ -73,6 +73,14 @@ def compilation(
 
 
 @app.command()
+def profile(quick: Quick = False, folder: Folder = None, model: Model = "", context: int = 4096) -> None:
+    """Where the seconds go: phases of compiling, and operators of a decode step at CONTEXT tokens. On the CPU."""
+    from benchmarks import profiles as benchmark
+
+    benchmark.run(quick, folder, model or ("tiny" if quick else "smollm2-6-layers"), 96 if quick else context)
+
+
+@app.command()
 def memory(
     device: Device = "cpu",
     quick: Quick = False,

@@ -22,13 +22,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
     },
+    "smollm2-6-layers": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+    },
     "8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 2**18,
         "rope_theta": 500000.0,
     },
 }  # fmt: skip
-"""Random models: a small one for smoke tests, and one with the sizes of Llama 3 8B."""
+"""Random models: one for smoke tests, a fifth of SmolLM2's layers for profiles, and one of Llama 3 8B's sizes."""
 
 NAMES = ("smollm2", *SHAPES)
 

@@ -18,7 +18,7 @@ _NO_MASK, _BOOL_MASK, _FLOAT_MASK = 0, 1, 2
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
+def kernels() -> tuple[Callable[..., int], Callable[..., int]]:
     """The compiled entry points of attention and of scores; built on first use."""
     library = build("attention")
     attend, add_scores = library.mikv_attend, library.mikv_add_scores
@@ -83,7 +83,7 @@ class PreparedCall:
     def __init__(
         self, buffers: StoreBuffers, fmt: LayerFormat, shape: tuple[int, int, int, int], kv_heads: int, value_dim: int
     ) -> None:
-        _kernels()
+        kernels()
         batch, heads, rows, key_dim = shape
         self._shape = (batch, heads, rows, value_dim)
         tiers: list[int] = []
@@ -121,7 +121,7 @@ class PreparedCall:
         out = torch.empty((batch, heads, rows, value_dim), dtype=torch.float32, device="cpu")
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
         kept = self._tell(q, k, v, mask, counts, length, out.data_ptr(), lse)
-        _check(_kernels()[0](self._address, scale, softcap))
+        _check(kernels()[0](self._address, scale, softcap))
         del kept
         return out if q.dtype is torch.float32 else out.to(q.dtype), lse
 
@@ -149,7 +149,7 @@ class PreparedCall:
         lse = lse.contiguous()
         counts = (count, *(0,) * (len(self._counts) - 1))
         kept = self._tell(q, k, k, mask, counts, length, 0, lse)
-        status = _kernels()[1](
+        status = kernels()[1](
             self._address, scale, softcap, scores.data_ptr(), batch_stride, head_stride, own.data_ptr()
         )  # fmt: skip
         del kept

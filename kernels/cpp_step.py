@@ -6,9 +6,12 @@ of each layer. What follows from them is kept from step to step.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
-from mikv_compile.kernels import dispatch, masks, store_ops
+from mikv_compile._compat import import_toolchain
+from mikv_compile.kernels import cpp_attention, cpp_tokens, dispatch, masks, store_ops
 from mikv_compile.kernels.cpp_attention import PreparedCall
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS
 from mikv_compile.kernels.cpp_tokens import AppendPlan
@@ -105,3 +108,26 @@ def step(
         stored = StoreBuffers.from_list(buffers)
         dispatch.run("demote", q.device, stored, fmt, told, used + own, q.shape[3], v.shape[3])
     return (out, lse) if mask is None else masks.add_unwritten(out, lse, mask, told, own)
+
+
+_ahead: threading.Thread | None = None
+
+
+def build_ahead() -> None:
+    """Start to build the kernels in a thread, once: the C++ compiler works while graphs are traced and compiled.
+
+    A build that fails says nothing here; whoever needs the kernel next gets the error.
+    """
+    global _ahead
+    if _ahead is None and dispatch.backend_for(torch.device("cpu")) == "cpp":
+        import_toolchain()  # not in the thread: two threads should not import it at once
+        _ahead = threading.Thread(target=_build, name="mikv-build", daemon=True)
+        _ahead.start()
+
+
+def _build() -> None:
+    for kernels in (cpp_attention.kernels, cpp_tokens.kernels):
+        try:
+            kernels()
+        except BuildError as error:
+            dispatch.log.debug("built ahead in vain: %s", error)

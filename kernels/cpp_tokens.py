@@ -36,7 +36,7 @@ _PARALLEL = 131072
 
 
 @lru_cache(maxsize=1)
-def _library() -> dict[str, Callable[[int], int]]:
+def kernels() -> dict[str, Callable[[int], int]]:
     """The compiled entry points; built on first use."""
     library = build("tokens", exact=True)
     functions = {}
@@ -58,7 +58,7 @@ def _check(status: int) -> None:
 def _call(name: str, *parts: Sequence[int]) -> None:
     """Run an entry point. The tensors whose addresses it gets have to stay alive until this returns."""
     fields = array("q", [field for part in parts for field in part])
-    _check(_library()[name](fields.buffer_info()[0]))
+    _check(kernels()[name](fields.buffer_info()[0]))
 
 
 def _header(
@@ -296,7 +296,7 @@ class AppendPlan:
         balancer = buffers.balancer if tier_fmt.key.balanced else None
         if balancer is not None and not (balancer.is_contiguous() and balancer.dtype is torch.float32):
             raise NotCovered("the balancer is not contiguous")
-        self._kernel = _library()["write_tokens"]
+        self._kernel = kernels()["write_tokens"]
         batch, heads, self._capacity = tier.positions.shape
         self._lead = (batch, heads)
         self._key_dim, self._value_dim = key_dim, value_dim

@@ -42,6 +42,11 @@ def load_cpp_library(source: str, name: str, exact: bool = False) -> ctypes.CDLL
     return library
 
 
+def import_toolchain() -> None:
+    """Import what :func:`load_cpp_library` needs, which takes a second or two."""
+    import torch._inductor.codecache  # noqa: F401
+
+
 plain_functions = torch._C.DisableTorchFunctionSubclass
 """A context in which tensor subclasses' ``__torch_function__`` is not called."""
 

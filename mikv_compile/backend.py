@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from mikv_compile import _compat, generate
 from mikv_compile.config import Options
 from mikv_compile.handle import KVTensor
+from mikv_compile.kernels import cpp_step
 from mikv_compile.lowering import Region
 from mikv_compile.pipeline import compile_graph
 from mikv_compile.preallocated import PreallocatedKV
@@ -45,6 +46,8 @@ def mikv(
         getattr(node.meta.get("example_value"), "requires_grad", False)
         for node in gm.graph.find_nodes(op="placeholder")
     )
+    if any(isinstance(value, torch.Tensor) and value.is_cpu for value in example_inputs):
+        cpp_step.build_ahead()
     handles = _handles(gm, example_inputs)
     return compile_graph(gm, example_inputs, handles, chosen, settings, records_grad=records_grad, region=region)
 

@@ -304,13 +304,13 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_failed", set())
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
-    cpp_attention._kernels.cache_clear()
+    cpp_attention.kernels.cache_clear()
     try:
         with dispatch.use("cpp"):
             for _ in range(3):
                 out, lse = dispatch.run("attend", torch.device("cpu"), *args)
     finally:
-        cpp_attention._kernels.cache_clear()
+        cpp_attention.kernels.cache_clear()
     want, want_lse = attention.attend(*args)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
     assert len(warnings) == 1 and "no compiler here" in warnings[0]

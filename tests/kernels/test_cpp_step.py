@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from mikv_compile.kernels import attention, cpp_attention, cpp_step, dispatch, masks
+from mikv_compile.kernels import attention, cpp_attention, cpp_step, cpp_tokens, dispatch, masks
+from mikv_compile.kernels.dispatch import BuildError
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.ops import _library  # noqa: F401  (declares the ops)
 from tests.kernels.test_cpp_attention import build_store, make_mask
@@ -138,3 +139,33 @@ def test_scores_for_any_number_of_threads():
             torch.set_num_threads(before)
         found.append((own, stored.scores))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_kernels_are_built_ahead(monkeypatch):
+    built = []
+    monkeypatch.setattr(cpp_step, "_ahead", None)
+    monkeypatch.setattr(cpp_attention, "kernels", lambda: built.append("attention"))
+    monkeypatch.setattr(cpp_tokens, "kernels", lambda: built.append("tokens"))
+    with dispatch.use("reference"):
+        cpp_step.build_ahead()
+    assert cpp_step._ahead is None
+    with dispatch.use("cpp"):
+        for _ in range(2):
+            cpp_step.build_ahead()
+        cpp_step._ahead.join()
+    assert built == ["attention", "tokens"]
+
+
+def test_a_build_ahead_that_fails_says_nothing(monkeypatch):
+    def fail():
+        raise BuildError("no compiler here")
+
+    warnings = []
+    monkeypatch.setattr(dispatch.log, "warning", lambda *args: warnings.append(args))
+    monkeypatch.setattr(cpp_step, "_ahead", None)
+    for module in (cpp_attention, cpp_tokens):
+        monkeypatch.setattr(module, "kernels", fail)
+    with dispatch.use("cpp"):
+        cpp_step.build_ahead()
+        cpp_step._ahead.join()
+    assert not warnings and not cpp_step._ahead.is_alive()

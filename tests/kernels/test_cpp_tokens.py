@@ -414,7 +414,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_failed", set())
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
-    cpp_tokens._library.cache_clear()
+    cpp_tokens.kernels.cache_clear()
     try:
         with dispatch.use("cpp"):
             assert cpp_tokens.append_plan(store, fmt, 16, 16) is None
@@ -423,7 +423,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
         with pytest.raises(dispatch.BuildError, match="no compiler here"):
             cpp_tokens.AppendPlan(store, fmt, 16, 16)
     finally:
-        cpp_tokens._library.cache_clear()
+        cpp_tokens.kernels.cache_clear()
     for start in (9, 10):
         tokens.write_tokens(expected.tiers[0], fmt.tiers[0], start, k, k, None, 9, None, None)
     assert_same_bits(store, expected)
