@@ -13,6 +13,9 @@ from benchmarks import harness, report
 AFTER_COMPILE = 420
 """Seconds that are kept for decode and memory: compile leaves out its warm runs for them."""
 
+LONG = 24
+"""Minutes from which on warm starts are measured as well, and decode and memory at length."""
+
 
 def run(device: str, quick: bool, minutes: float) -> None:
     """Run everything; a benchmark that fails does not stop the others.
@@ -23,12 +26,13 @@ def run(device: str, quick: bool, minutes: float) -> None:
     end = began + 60 * minutes
     common = ["--device", device, *(["--quick"] if quick else [])]
     failed = []
+    long = minutes >= LONG
     with tempfile.TemporaryDirectory(prefix="mikv-bench-") as cache:
         for name, more in (
             ("attention", []),
-            ("compile", ["--keep", cache, "--deadline", str(end - AFTER_COMPILE)]),
-            ("decode", ["--deadline", str(end)]),
-            ("memory", ["--deadline", str(end)]),
+            ("compile", ["--keep", cache, "--deadline", str(end - AFTER_COMPILE), *([] if long else ["--no-warm"])]),
+            ("decode", ["--deadline", str(end), *([] if long else ["--seconds", "20"])]),
+            ("memory", ["--deadline", str(end), *([] if long or quick else ["--tokens", "2048"])]),
         ):
             harness.say(f"\n== {name}, {(time.time() - began) / 60:.1f} of {minutes:.0f} minutes have passed")
             command = [sys.executable, "-m", "benchmarks", name, *common, *more]
