@@ -23,11 +23,9 @@ def make_app() -> Any:
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="torch.compile backend with a compressed cache.")
 
-    @app.callback()
-    def _several() -> None:  # keeps `coverage` a subcommand while it is the only one
-        pass
-
     app.command("coverage")(_coverage_command(typer))
+    app.command("eval")(_eval_command(typer))
+    app.command("sweep")(_sweep_command(typer))
     return app
 
 
@@ -58,6 +56,70 @@ def _coverage_command(typer: Any) -> Callable[..., None]:
         raise typer.Exit(status)
 
     return coverage
+
+
+def _eval_command(typer: Any) -> Callable[..., None]:
+    def evaluate(
+        model: Annotated[str, typer.Argument(help="smollm2 (packaged), a folder, a GGUF file, or a name on the hub.")],
+        options: Annotated[
+            list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE of the backend; may be repeated.")
+        ] = None,
+        preset: Annotated[str | None, typer.Option(help="Short for -o preset=...")] = None,
+        budget: Annotated[str | None, typer.Option(help="Short for -o budget=...")] = None,
+        tasks: Annotated[str, typer.Option(help="Names, with commas.")] = "continuation,retrieval",
+        settings: Annotated[
+            list[str] | None, typer.Option("--set", help="TASK.NAME=VALUE, a setting of a task; may be repeated.")
+        ] = None,
+        names: Annotated[str, typer.Option("--texts", help="pydoc, jargon, kjv or files, with commas.")] = "pydoc",
+        text_dir: Annotated[Path | None, typer.Option(help="A folder in which texts are looked for first.")] = None,
+        out: Annotated[Path, typer.Option(help="Folder of the results; what is there is not measured again.")] = Path(
+            "eval-results"
+        ),
+        lower: Annotated[str, typer.Option(help="eager traces in seconds; inductor compiles.")] = "eager",
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+        fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what has a result.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+    ) -> None:
+        """Measure what the compressed cache costs a model: KL, perplexity, retrieval, true bytes."""
+        from mikv_compile.eval import command
+
+        status = command.evaluate(
+            model, options=options or [], preset=preset, budget=budget, tasks=tasks, settings=settings or [],
+            names=names, text_dir=text_dir, out=out, lower=lower, dtype=dtype, device=device, fresh=fresh,
+            as_json=as_json,
+        )  # fmt: skip
+        raise typer.Exit(status)
+
+    return evaluate
+
+
+def _sweep_command(typer: Any) -> Callable[..., None]:
+    def sweep(
+        suite: Annotated[str, typer.Argument(help="A TOML file, or a packaged suite: quick, standard.")],
+        model: Annotated[str, typer.Option(help="As for mikv eval.")] = "smollm2",
+        out: Annotated[Path, typer.Option(help="Folder of the results; what is there is not measured again.")] = Path(
+            "eval-results"
+        ),
+        only: Annotated[str | None, typer.Option(help="Only methods with this in their name.")] = None,
+        text_dir: Annotated[Path | None, typer.Option(help="A folder in which texts are looked for first.")] = None,
+        lower: Annotated[str, typer.Option(help="For methods of the suite that do not say it themselves.")] = "eager",
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+        fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what has a result.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+        report: Annotated[bool, typer.Option("--report", help="Measure nothing; write the tables only.")] = False,
+    ) -> None:
+        """Measure all methods of a suite; run the same command again to go on after an interruption."""
+        from mikv_compile.eval import command
+
+        status = command.sweep(
+            suite, model=model, out=out, only=only, text_dir=text_dir, lower=lower, dtype=dtype, device=device,
+            fresh=fresh, as_json=as_json, report=report,
+        )  # fmt: skip
+        raise typer.Exit(status)
+
+    return sweep
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""What ``mikv eval`` and ``mikv sweep`` do: read what was asked for, run it, show tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from mikv_compile.errors import MikvError
+from mikv_compile.eval import models, results, runner, suites, tables, texts
+from mikv_compile.eval.methods import DenseMethod
+from mikv_compile.eval.mikv_method import MikvMethod
+from mikv_compile.eval.runner import Plan, Summary
+from mikv_compile.eval.tasks import Task, TaskError, make
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+MISTAKES = (models.ModelError, texts.TextError, suites.SuiteError, TaskError, MikvError, ValueError)
+"""Errors whose message alone tells the user what to do."""
+
+
+def evaluate(
+    model: str,
+    *,
+    options: Sequence[str],
+    preset: str | None,
+    budget: str | None,
+    tasks: str,
+    settings: Sequence[str],
+    names: str,
+    text_dir: Path | None,
+    out: Path,
+    lower: str,
+    dtype: str,
+    device: str,
+    fresh: bool,
+    as_json: bool,
+) -> int:
+    """``mikv eval``: one setting of the backend beside the dense model. Returns the exit status."""
+    try:
+        chosen: dict[str, Any] = {"lower": lower, **dict(map(parse_option, options))}
+        chosen |= {} if preset is None else {"preset": preset}
+        chosen |= {} if budget is None else {"budget": number_or_text(budget)}
+        suites.check_options(chosen)
+        measured = make_tasks(tasks, settings)
+        read = tuple(texts.load(name, text_dir) for name in split(names))
+        plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
+        summary = runner.run(plan, quiet=as_json)
+    except MISTAKES as error:
+        print(error, file=sys.stderr)
+        return 2
+    show(summary, as_json)
+    return summary.status
+
+
+def sweep(
+    suite: str,
+    *,
+    model: str,
+    out: Path,
+    only: str | None,
+    text_dir: Path | None,
+    lower: str,
+    dtype: str,
+    device: str,
+    fresh: bool,
+    as_json: bool,
+    report: bool,
+) -> int:
+    """``mikv sweep``: all that a suite lists, and tables in the results folder. Returns the exit status."""
+    try:
+        asked = suites.load(suite, {"lower": lower})
+        methods = tuple(m for m in asked.methods if only is None or only in m.name)
+        if not methods:
+            names = ", ".join(m.name for m in asked.methods)
+            raise suites.SuiteError(f"no method of suite {suite} has {only!r} in its name; there are {names}")
+        if report:
+            summary = Summary(results=list(results.read_all(out)))
+            if not summary.results:
+                raise suites.SuiteError(f"there are no results below {out}")
+        else:
+            read = tuple(texts.load(name, text_dir) for name in asked.texts)
+            plan = make_plan(model, methods, asked.tasks, read, out, dtype, device, fresh)
+            summary = runner.run(plan, quiet=as_json)
+    except MISTAKES as error:
+        print(error, file=sys.stderr)
+        return 2
+    written = write_report(out)
+    show(summary, as_json)
+    if not as_json:
+        print("wrote " + ", ".join(map(str, written)))
+    return summary.status
+
+
+def write_report(out: Path) -> list[Path]:
+    """Tables (and later plots) of all results below a folder; returns the files."""
+    found = list(results.read_all(out))
+    if not found:
+        return []
+    path = out / "results.md"
+    path.write_text(tables.markdown(found), encoding="utf-8")
+    return [path]
+
+
+def make_plan(
+    model: str, methods: tuple[Any, ...], tasks: tuple[Task, ...], read: tuple[texts.Text, ...], out: Path,
+    dtype: str, device: str, fresh: bool,
+) -> Plan:  # fmt: skip
+    """A plan; refuses a dtype that is none."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    return Plan(model, methods, tasks, read, out, dtype, device, fresh)
+
+
+def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
+    """Tasks from ``continuation,retrieval`` and settings such as ``continuation.context=512``."""
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in split(names)}
+    for setting in settings:
+        key, value = parse_option(setting)
+        task, _, field = key.partition(".")
+        if task not in chosen or not field:
+            raise TaskError(f"--set {setting}: expected TASK.NAME=VALUE with a task of {', '.join(chosen)}")
+        chosen[task][field] = value
+    return tuple(make(name, changed) for name, changed in chosen.items())
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; a value that is a number becomes one."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    return name.strip(), number_or_text(value.strip())
+
+
+def number_or_text(text: str) -> int | float | str:
+    """A number, if it is written as one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def split(names: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def show(summary: Summary, as_json: bool) -> None:
+    """Tables on the terminal, or everything as JSON."""
+    if as_json:
+        print(json.dumps([asdict(result) for result in summary.results], indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for task in dict.fromkeys(result.key.task for result in summary.results):
+        headings, lines = tables.rows(summary.results, task)
+        table = Table(title=task)
+        for i, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if i else "left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(str(summary), markup=False)

@@ -1,0 +1,217 @@
+"""Measures methods on tasks: what has a result is skipped, what fails is recorded, and the rest goes on."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mikv_compile.eval import models, results
+from mikv_compile.eval.methods import DenseMethod, Method, Session, UnavailableError
+from mikv_compile.eval.progress import Progress
+from mikv_compile.eval.references import References
+from mikv_compile.eval.results import DONE, FAILED, Key, Result
+from mikv_compile.eval.tasks import Exercise, Task, settings_of
+from mikv_compile.eval.texts import Text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured: every method on every task with every text.
+
+    Attributes:
+        model: a name for :func:`mikv_compile.eval.models.load`.
+        dtype: of the weights, as in ``torch``.
+        fresh: measure again what has a result.
+    """
+
+    model: str
+    methods: tuple[Method, ...]
+    tasks: tuple[Task, ...]
+    texts: tuple[Text, ...]
+    out: Path
+    dtype: str = "float32"
+    device: str = "cpu"
+    fresh: bool = False
+
+    def keys(self, method: Method) -> list[tuple[Key, Task, Text]]:
+        """A method's measurements."""
+        model = f"{models.short_name(self.model)} {self.dtype}"
+        return [
+            (
+                Key(model, task.name, settings_of(task), text.name, method.name, method.family, dict(method.settings)),
+                task,
+                text,
+            )
+            for task in self.tasks
+            for text in self.texts
+        ]
+
+
+@dataclass
+class Summary:
+    """What became of a plan."""
+
+    results: list[Result] = field(default_factory=list)
+    """Of this run and of earlier ones, in the plan's order."""
+    measured: int = 0
+    skipped: int = 0
+    failed: list[Result] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    """Methods that cannot run here, and why."""
+    interrupted: bool = False
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 after Ctrl-C, 1 if something failed or could not run."""
+        return 130 if self.interrupted else int(bool(self.failed or self.unavailable))
+
+    def __str__(self) -> str:
+        parts = [f"{self.measured} measured", f"{self.skipped} skipped (they have a result)"]
+        parts += [f"{len(self.failed)} failed"] * bool(self.failed)
+        parts += [f"{len(self.unavailable)} methods not available here"] * bool(self.unavailable)
+        parts += ["interrupted; run the same command to go on"] * self.interrupted
+        return ", ".join(parts)
+
+
+Load = Callable[[], tuple[Any, Any]]
+"""Gives the tokenizer and the model."""
+
+
+def run(plan: Plan, load: Load | None = None, quiet: bool = False) -> Summary:
+    """Measure what has no result yet.
+
+    Args:
+        plan: what.
+        load: how to get tokenizer and model, if not by the plan's name. Called only if something has to be measured.
+        quiet: show no progress.
+    """
+    summary = Summary()
+    with Progress(sum(len(plan.keys(method)) for method in plan.methods), quiet) as progress:
+        runner = _Runner(plan, load or (lambda: _load(plan)), summary, progress)
+        try:
+            for method in plan.methods:
+                runner.measure(method)
+        except KeyboardInterrupt:
+            summary.interrupted = True
+    return summary
+
+
+def _load(plan: Plan) -> tuple[Any, Any]:
+    return models.load(plan.model, getattr(torch, plan.dtype), plan.device)
+
+
+class _Runner:
+    def __init__(self, plan: Plan, load: Load, summary: Summary, progress: Progress) -> None:
+        self.plan, self.summary, self.progress = plan, summary, progress
+        self._load = load
+        self._loaded: tuple[Any, Any, References] | None = None
+        self._exercises: dict[tuple[Task, str], Exercise] = {}
+
+    def measure(self, method: Method) -> None:
+        """All measurements of a method that have no result."""
+        pending = []
+        for key, task, text in self.plan.keys(method):
+            earlier = None if self.plan.fresh else results.find(self.plan.out, key)
+            if earlier is not None and earlier.status == DONE:
+                self.summary.results.append(earlier)
+                self.summary.skipped += 1
+                self.progress.done()
+            else:
+                pending.append((key, task, text))
+        if not pending:
+            return
+        # Before the method changes the model: the references are the plain model's.
+        ready = [(key, made) for key, task, text in pending if (made := self._prepared(key, task, text)) is not None]
+        if not ready:
+            return
+        _, model, references = self._model()
+        started = time.perf_counter()
+        at = 0
+        try:
+            with torch.no_grad(), method.open(model) as session:
+                for at, (key, exercise) in enumerate(ready):  # noqa: B007  (needed when something raises)
+                    reference = references.get(key.task, key.task_settings, exercise.digest, dict)
+                    self._one(key, exercise, session, reference, started)
+                    started = time.perf_counter()
+                at = len(ready)
+        except UnavailableError as error:
+            self.summary.unavailable[method.name] = str(error)
+            self.progress.line(f"not available here: {method.name}: {error}")
+            self.progress.done(len(ready) - at)
+        except Exception as error:
+            for key, _ in ready[at:]:
+                self._record_failure(key, error, time.perf_counter() - started)
+
+    def _model(self) -> tuple[Any, Any, References]:
+        if self._loaded is None:
+            self.progress.line(f"loading {self.plan.model}")
+            tokenizer, model = self._load()
+            self._loaded = tokenizer, model, References(self.plan.out, model)
+        return self._loaded
+
+    def _prepared(self, key: Key, task: Task, text: Text) -> Exercise | None:
+        """The input, and the dense run's reference on disk or in memory; None if there cannot be one."""
+        tokenizer, model, references = self._model()
+        try:
+            if (task, text.name) not in self._exercises:
+                self._exercises[task, text.name] = task.prepare(tokenizer, text)
+            exercise = self._exercises[task, text.name]
+
+            def dense() -> Any:
+                self.progress.line(f"dense reference: {task.name} on {text.name}")
+                with torch.no_grad(), DenseMethod().open(model) as session:
+                    return exercise.reference(session)
+
+            if task.needs_reference:
+                references.get(task.name, settings_of(task), exercise.digest, dense)
+        except Exception as error:
+            self._record_failure(key, error, 0.0)
+            return None
+        return exercise
+
+    def _one(self, key: Key, exercise: Exercise, session: Session, reference: Any, started: float) -> None:
+        try:
+            with self.progress.steps(str(key), exercise.steps) as advance:
+                metrics = exercise.run(session, reference, advance)
+        except UnavailableError:
+            raise
+        except Exception as error:
+            self._record_failure(key, error, time.perf_counter() - started)
+            return
+        result = Result(
+            key, DONE, metrics, exercise.digest, facts=session.facts(), seconds=time.perf_counter() - started,
+            versions=results.versions(),
+        )  # fmt: skip
+        results.write(self.plan.out, result)
+        self.summary.results.append(result)
+        self.summary.measured += 1
+        self.progress.line(f"{key}: {self._main(key, metrics)} ({result.seconds:.0f} s)")
+        self.progress.done()
+
+    def _main(self, key: Key, metrics: dict[str, Any]) -> str:
+        names = next(task.main for task in self.plan.tasks if task.name == key.task)
+        return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+
+    def _record_failure(self, key: Key, error: Exception, seconds: float) -> None:
+        text = "".join(traceback.format_exception_only(error)).strip()
+        where = "".join(traceback.format_exception(error))[-4000:]
+        result = Result(key, FAILED, error=text, facts={"traceback": where}, seconds=seconds,
+                        versions=results.versions())  # fmt: skip
+        earlier = results.find(self.plan.out, key)
+        if earlier is None or earlier.status != DONE:  # a failure does not replace a measurement
+            results.write(self.plan.out, result)
+        self.summary.failed.append(result)
+        self.summary.results.append(result)
+        self.progress.line(f"failed: {key}: {text}")
+        self.progress.done()
+
+
+def select(summary: Summary, status: str = DONE) -> Sequence[Result]:
+    """The results of a status."""
+    return [result for result in summary.results if result.status == status]
