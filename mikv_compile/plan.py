@@ -168,14 +168,14 @@ def pyramid(tiers: tuple[Tier, ...], layer: int, layers: int) -> tuple[Tier, ...
     steep = min(1 - 1 / PYRAMID_BETA, (1 - total) / total if total else 1.0)
     steep = max(steep, 0.0) * (layers > 1)
     # Layers in equal distance from the middle are paired, so that roundings cancel out.
-    fall = steep * abs(2 * layer / max(layers - 1, 1) - 1)
+    fall = steep * abs(2 * layer - (layers - 1)) / max(layers - 1, 1)
     sign = 1 if 2 * layer < layers - 1 else -1
 
     def scaled(tier: Tier) -> Tier:
         if tier.share is None:
             return tier
         more = tier.share * fall
-        return replace(tier, share=tier.share + sign * (int(more) if isinstance(tier.share, int) else more))
+        return replace(tier, share=tier.share + sign * (int(more + 1e-9) if isinstance(tier.share, int) else more))
 
     return tuple(map(scaled, tiers))
 
