@@ -58,7 +58,7 @@ def _look_up(
         if len(_known) >= _MOST_KEPT:
             _known.clear()
         try:
-            found = _KnownStore(buffers, LayerFormat.parse(format), tuple(q.shape), k.shape[1], v_dim)
+            found = _KnownStore(buffers, LayerFormat.parse(format), tuple(q.shape), k.shape[1], v_dim)  # type: ignore[arg-type]
         except (NotCovered, BuildError):
             found = None
         _known[key] = found

@@ -102,7 +102,7 @@ def observe(
         else:
             own = _observe(*told, scale, softcap, buffers, fmt, watch, count, length)
         own = pooled(own, watch)
-    if fmt.rank is not None and fmt.rank.marks_hidden and mask is not None:
+    if fmt.rank is not None and fmt.rank.marks_hidden and mask is not None and q.shape[2]:
         own = torch.zeros(k.shape[:3], device=k.device) if own is None else own
         last = mask[:, :, -1, length : length + k.shape[2]]
         shown = last if last.dtype == torch.bool else last > HIDDEN

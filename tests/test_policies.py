@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,13 @@ def test_a_broken_key_spoils_no_other(policy):
     others = torch.arange(TOKENS) != 5
     assert found[0, 1, 5].isnan()  # which ranks highest: nothing is known of it
     torch.testing.assert_close(found[:, :, others], want[:, :, others], atol=0.02, rtol=0.1)
+
+
+def test_keys_of_zeros_are_no_low_norm():
+    q, k, v, args = prompt_case()
+    k[0, 1, 5] = 0.0
+    found = scoring.score("knorm", q, k, v, args)
+    assert found[0, 1].argmin() == 5 and found.isfinite().all()
 
 
 @pytest.mark.parametrize("value_norm", [None, True, False])
@@ -625,35 +633,28 @@ def test_names_that_cannot_be_registered():
     assert "a+b" not in POLICIES
 
 
-POLICY_FILE = '''
-"""Tokens whose value is long."""
-
-from mikv_compile.policies import Policy, register
-
-
-def scorer(q, k, v, args):
-    return v.float().norm(dim=-1)
-
-
-register("long-values", Policy(scorer, attention=False, anew=True))
-'''
+def example_policy():
+    """The first example of CONTRIBUTING.md's section about policies."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    return text.split("## A policy\n")[1].split("```python\n")[1].split("```")[0]
 
 
 @torch.no_grad()
 def test_a_policy_from_a_file_of_its_own(tmp_path):
     """All that a new policy takes: one short file with one line that registers it."""
-    path = tmp_path / "long_values.py"
-    path.write_text(POLICY_FILE)
-    assert len(POLICY_FILE.splitlines()) < 80
-    with pytest.raises(OptionError, match="unknown policy 'long-values'"):
-        Options(policy="long-values")
-    spec = importlib.util.spec_from_file_location("long_values", path)
+    path = tmp_path / "value_length.py"
+    path.write_text(example_policy())
+    lines = path.read_text().splitlines()
+    assert len(lines) < 80 and sum("register(" in line for line in lines) == 1
+    with pytest.raises(OptionError, match="unknown policy 'value-length'"):
+        Options(policy="value-length")
+    spec = importlib.util.spec_from_file_location("value_length", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     try:
         model, xs = Recording(layers=1, heads=6, kv_heads=2, dim=16), inputs([40, *[1] * 6], width=96)
         options = {
             "tiers": "fp:16",
-            "policy": "long-values",
+            "policy": "value-length",
             "window": 0,
             "sinks": 0,
             "flush_every": 1,
@@ -667,4 +668,4 @@ def test_a_policy_from_a_file_of_its_own(tmp_path):
         norms = torch.cat(values, 1).norm(dim=-1)
         assert torch.equal(kept.long(), norms.argsort(dim=-1)[:, -16:].sort(dim=-1).values)
     finally:
-        del POLICIES["long-values"]
+        del POLICIES["value-length"]
