@@ -172,7 +172,7 @@ class PreparedCall:
             raise NotCovered(f"queries of {q.dtype} on {q.device}")
         batch, heads, rows, _ = self._shape
         k, v = _neighbours(k), _neighbours(v)
-        mask_fields = _no_mask
+        mask_fields: tuple[int, ...] = _no_mask
         if mask is not None:
             mask, mask_fields = _mask_fields(mask, batch, heads, rows, length + k.shape[2])
         rows_q = q.float().contiguous()

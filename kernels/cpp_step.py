@@ -11,7 +11,7 @@ import threading
 import torch
 
 from mikv_compile._compat import import_toolchain
-from mikv_compile.kernels import cpp_attention, cpp_tokens, dispatch, masks, store_ops
+from mikv_compile.kernels import cpp_attention, cpp_tokens, dispatch, masks, ranking, store_ops
 from mikv_compile.kernels.cpp_attention import PreparedCall
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS
 from mikv_compile.kernels.cpp_tokens import AppendPlan
@@ -58,7 +58,7 @@ def _look_up(
         if len(_known) >= _MOST_KEPT:
             _known.clear()
         try:
-            found = _KnownStore(buffers, LayerFormat.parse(format), tuple(q.shape), k.shape[1], v_dim)
+            found = _KnownStore(buffers, LayerFormat.parse(format), tuple(q.shape), k.shape[1], v_dim)  # type: ignore[arg-type]
         except (NotCovered, BuildError):
             found = None
         _known[key] = found
@@ -88,8 +88,8 @@ def step(
     if known is None:
         return None
     fmt, own = known.fmt, k.shape[2]
-    watched = fmt.watch is not None and own >= fmt.watch.least
-    if watched and 0 < fmt.watch.rows < q.shape[2]:
+    watch = fmt.watch if fmt.watch is not None and own >= fmt.watch.least else None
+    if watch is not None and 0 < watch.rows < q.shape[2]:
         return None
     seen = None
     if mask is not None or told.first or told.stale:
@@ -100,13 +100,15 @@ def step(
     except NotCovered:
         return None
     used, own_scores = told.counts[0], None
-    if watched:
+    if fmt.rank is not None or not (watch is None or watch.is_plain):
+        stored = StoreBuffers.from_list(buffers)
+        own_scores = ranking.observe(q, k, lse, seen, scale, softcap, stored, fmt, used, told.length)
+    elif watch is not None:
         own_scores = known.attend.add_scores(q, k, lse, seen, scale, softcap, buffers[-2], used, told.length)
-        own_scores = store_ops.pooled(own_scores, fmt.watch)
+        own_scores = ranking.pooled(own_scores, watch)
     known.append(k, v, used, told.length, own_scores)
     if told.victims:
-        stored = StoreBuffers.from_list(buffers)
-        dispatch.run("demote", q.device, stored, fmt, told, used + own, q.shape[3], v.shape[3])
+        store_ops.take_out(StoreBuffers.from_list(buffers), fmt, told, used + own, q.shape[3], v.shape[3])
     return (out, lse) if mask is None else masks.add_unwritten(out, lse, mask, told, own)
 
 

@@ -74,6 +74,7 @@ def _header(
     start: int = 0,
     count: int = 0,
     first_position: int = 0,
+    own_scores: Sequence[int] = _NO_ROWS,
     demotion: Sequence[int] = (0, 0, 0),
     scores: Sequence[int] = _NO_ROWS,
     index: Sequence[int] = _NO_ROWS,
@@ -82,7 +83,7 @@ def _header(
     limit: int = 0,
 ) -> list[int]:
     """``struct Call`` up to its tiers."""
-    fields = [*k, *v, start, count, first_position, *_NO_ROWS, *demotion, torch.get_num_threads()]
+    fields = [*k, *v, start, count, first_position, *own_scores, *demotion, torch.get_num_threads()]
     fields += [batch, heads, key_dim, value_dim, 0 if balancer is None else balancer.data_ptr()]
     return [*fields, *scores, *index, *target, *places, limit, num_tiers]
 
@@ -244,7 +245,15 @@ def select_tokens(scores: torch.Tensor, orders: Orders) -> Sequence[torch.Tensor
     return found.split(orders.counts, dim=2)
 
 
-def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+def demote(
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+    used: int,
+    key_dim: int,
+    value_dim: int,
+    ranks: torch.Tensor | None = None,
+) -> None:
     """Take ``orders.victims`` tokens out of tier 0's ``used`` slots; see :func:`store_ops.demote`.
 
     Raises:
@@ -263,8 +272,11 @@ def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, k
             _need_room(tier, tier_fmt, start, count)
         tiers += _tier_fields(tier, tier_fmt, start, count)
     batch, heads, _ = buffers.tiers[0].positions.shape
+    if ranks is not None:
+        ranks = _input_rows(ranks.expand(batch, heads, used), torch.float32)
     header = _header(
         batch, heads, key_dim, value_dim, balancer, len(fmt.tiers),
+        own_scores=_NO_ROWS if ranks is None else _rows(ranks, torch.float32),
         count=used, demotion=(victims, orders.sinks, orders.recent_from), scores=_rows(buffers.scores, torch.float32),
     )  # fmt: skip
     _call("demote", header, tiers)

@@ -114,22 +114,80 @@ class Watch:
         rows: the call's last query rows whose attention counts; 0 means all.
         pool: width of a max-pool over the scores of the call's own tokens.
         least: calls of fewer new tokens are not watched.
+        memory: 0 adds up the attention of all calls. Otherwise a score is the mean attention per query head over about
+            the last ``memory`` query rows; 1 replaces it in each call.
+        joint: all KV heads get the mean (or the maximum) of their scores, so that all keep the same tokens.
+        heads: how the query heads of a KV head are put together in a call: ``"sum"`` or ``"max"``.
     """
 
     rows: int = 0
     pool: int = 1
     least: int = 1
+    memory: int = 0
+    joint: bool = False
+    heads: str = "sum"
+
+    @property
+    def is_plain(self) -> bool:
+        """Attention is summed over rows, heads and calls, as the primitive ``add_scores`` does it."""
+        return not (self.memory or self.joint or self.heads != "sum")
 
     def __str__(self) -> str:
-        return f"watch:r{self.rows}p{self.pool}n{self.least}"
+        more = (f"m{self.memory}" if self.memory else "") + (",joint" if self.joint else "")
+        return f"watch:r{self.rows}p{self.pool}n{self.least}{more}" + ("" if self.heads == "sum" else f",{self.heads}")
 
     @classmethod
     def parse(cls, text: str) -> Watch:
         """Inverse of ``str``."""
-        found = re.fullmatch(r"watch:r(\d+)p(\d+)n(\d+)", text)
+        found = re.fullmatch(r"watch:r(\d+)p(\d+)n(\d+)(?:m(\d+))?(,joint)?(?:,(max))?", text)
         if not found:
             raise ValueError(f"not a watch: {text!r}")
-        return cls(*map(int, found.groups()))
+        *numbers, joint, heads = found.groups()
+        rows, pool, least, memory = (int(number or 0) for number in numbers)
+        return cls(rows, pool, least, memory, bool(joint), heads or "sum")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What is made of the scores when tokens have to leave tier 0; the stored scores stay as they are.
+
+    Attributes:
+        by_age: scores are divided by the number of queries that could have attended to the token.
+        by_value: scores are multiplied by the L2 norm of the token's value.
+        floor: added to the scores before values weigh them.
+        joint: ranks are averaged over the KV heads, so that all lose the same tokens.
+        anew: name of the scorer that scores tier 0's tokens again by their stored keys and values. A stored score of
+            -inf then marks a token that nobody may attend to.
+    """
+
+    by_age: bool = False
+    by_value: bool = False
+    floor: float = 0.0
+    joint: bool = False
+    anew: str = ""
+
+    @property
+    def marks_hidden(self) -> bool:
+        """Tokens that nobody may attend to need a mark, as no lack of attention ranks them lowest."""
+        return bool(self.anew or self.floor)
+
+    def __str__(self) -> str:
+        words = [
+            "age" if self.by_age else "",
+            f"value{self.floor or ''}" if self.by_value else "",
+            "joint" if self.joint else "",
+            f"anew={self.anew}" if self.anew else "",
+        ]
+        return "rank:" + ",".join(filter(None, words))
+
+    @classmethod
+    def parse(cls, text: str) -> Rank:
+        """Inverse of ``str``."""
+        found = re.fullmatch(r"rank:(age\b)?,?(?:(value)([\d.e-]*))?,?(joint)?,?(?:anew=([\w-]+))?", text)
+        if not found:
+            raise ValueError(f"not a rank: {text!r}")
+        age, value, floor, joint, anew = found.groups()
+        return cls(bool(age), bool(value), float(floor or 0), bool(joint), anew or "")
 
 
 @dataclass(frozen=True)
@@ -138,11 +196,13 @@ class LayerFormat:
 
     ``scored``: tier 0 keeps a score per slot, which only tokens that can still be demoted or evicted need.
     ``watch``: how later calls add the attention that tier 0's tokens received to their scores; None if they do not.
+    ``rank``: what else than its score decides whether a token leaves; None if nothing does.
     """
 
     tiers: tuple[TierFormat, ...]
     scored: bool = False
     watch: Watch | None = None
+    rank: Rank | None = None
 
     @property
     def has_scores(self) -> bool:
@@ -155,7 +215,7 @@ class LayerFormat:
         return any(t.key.balanced for t in self.tiers)
 
     def __str__(self) -> str:
-        flags = ("+scored" if self.scored else "") + (f"+{self.watch}" if self.watch else "")
+        flags = ("+scored" if self.scored else "") + "".join(f"+{x}" for x in (self.watch, self.rank) if x)
         return "|".join(map(str, self.tiers)) + flags
 
     @classmethod
@@ -167,8 +227,15 @@ class LayerFormat:
         for tier in body.split("|"):
             key, _, value = tier.partition(",")
             tiers.append(TierFormat(SideFormat.parse(key), SideFormat.parse(value)))
-        watches = [Watch.parse(flag) for flag in flags if flag != "scored"]
-        return cls(tuple(tiers), "scored" in flags, watches[0] if watches else None)
+        watch, rank = None, None
+        for flag in flags:
+            if flag.startswith("watch:"):
+                watch = Watch.parse(flag)
+            elif flag.startswith("rank:"):
+                rank = Rank.parse(flag)
+            elif flag != "scored":
+                raise ValueError(f"not a flag of a layer's format: {flag!r}")
+        return cls(tuple(tiers), "scored" in flags, watch, rank)
 
 
 class SideBuffers(NamedTuple):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import cpp_step, masks, scoring, store_ops
+from mikv_compile.kernels import cpp_step, masks, ranking, scoring, store_ops
 from mikv_compile.kernels.dispatch import backend_for, run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.scoring import AttentionArgs
@@ -82,7 +82,7 @@ def _attend(q, k, v, mask, scale, softcap, buffers, orders, format):
 def _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy):
     stored, fmt, told = _typed(buffers, orders, format)
     if not told.fresh:
-        seen = masks.by_position(mask, told, k.shape[2], q.device) if fmt.watch else None
+        seen = masks.by_position(mask, told, k.shape[2], q.device) if fmt.watch or fmt.rank else None
         store_ops.update(q, k, v, lse, seen, scale, softcap, stored, fmt, told)
         return
     scores = lse.new_empty(0)
@@ -106,9 +106,8 @@ def _step(q, k, v, mask, scale, softcap, buffers, orders, format, policy):
 def _append(k, v, buffers, orders, format):
     stored, fmt, told = _typed(buffers, orders, format)
     if told.fresh:
-        scores = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
         # The keys stand in for the queries: the balancer becomes 1.
-        store_ops.compress(k, k, v, scores, stored, fmt, told)
+        store_ops.compress(k, k, v, ranking.unobserved(k, v, fmt), stored, fmt, told)
     else:
         store_ops.append(k, v, None, stored, fmt, told)
 

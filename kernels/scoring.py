@@ -1,11 +1,17 @@
-"""Registry of the functions that score a prompt's tokens; policies register theirs by name."""
+"""Registry of the functions that score a prompt's tokens; policies register theirs by name.
+
+The ops carry a policy as text: its name, with ``+max`` behind it where the maximum over the query heads of a KV head
+counts instead of their sum.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+
+from mikv_compile.kernels.masks import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class AttentionArgs:
     """If not 0, scores s become ``softcap * tanh(s / softcap)`` before the mask."""
     sinks: torch.Tensor | None = None
     """Logits that take part in the softmax and have no key, broadcastable to [B, H_q, R, n]."""
+    heads: str = "sum"
+    """What counts of the query heads of a KV head, ``"sum"`` or ``"max"``: not the model's, but the user's choice."""
 
 
 class Scorer(Protocol):
@@ -40,8 +48,33 @@ def register_scorer(name: str, scorer: Scorer) -> None:
     _SCORERS[name] = scorer
 
 
-def score(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
-    """Run a registered scorer; it need not know of prompts without tokens."""
-    if not k.shape[2]:
+def score(policy: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    """Run a registered scorer; it need not know of prompts without tokens or rows.
+
+    Args:
+        policy: its name, or ``NAME+max``.
+        q, k, v, args: as for :class:`Scorer`.
+    """
+    if not k.numel():
         return torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    return _SCORERS[name](q, k, v, args)
+    name, _, heads = policy.partition("+")
+    return _SCORERS[name](q, k, v, replace(args, heads=heads) if heads else args)
+
+
+def last_row_bias(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    """What the mask adds to the scores of a prompt's last row: [B, H_q, T] float32, -inf where it hides the token."""
+    batch, heads, rows, _ = q.shape
+    bias = torch.zeros(batch, heads, k.shape[2], device=k.device)
+    if args.mask is not None and args.mask.shape[2]:
+        row = args.mask[:, :, -1]
+        hidden = ~row if row.dtype == torch.bool else row <= HIDDEN
+        bias = (bias if row.dtype == torch.bool else bias + row.float()).masked_fill(hidden, float("-inf"))
+    if args.is_causal:
+        bias[:, :, rows:] = float("-inf")
+    return bias
+
+
+def visible(q: torch.Tensor, k: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
+    """Whether a prompt's last row may attend to a token, with any head: [B, H_kv, T] bool. False for padding."""
+    batch, kv_heads, tokens, _ = k.shape
+    return (last_row_bias(q, k, args) > float("-inf")).reshape(batch, kv_heads, -1, tokens).any(dim=2)

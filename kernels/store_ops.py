@@ -6,10 +6,10 @@ These compose the primitives of :mod:`dispatch`, so they run on every device ali
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from mikv_compile.kernels import ranking
 from mikv_compile.kernels.dispatch import REFERENCE, run
-from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, Watch
+from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
 READ_CHUNK = 2048
@@ -68,17 +68,25 @@ def compress(
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    chosen = run("select_tokens", k.device, scores, orders)
+    chosen = run("select_tokens", k.device, ranking.prompt_ranks(scores, v, fmt), orders)
     for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
         run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer)
         if i == 0 and fmt.has_scores:
             buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
 
 
-def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+def demote(
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+    used: int,
+    key_dim: int,
+    value_dim: int,
+    ranks: torch.Tensor | None = None,
+) -> None:
     """Take ``orders.victims`` tokens out of tier 0's ``used`` slots, into lower tiers or away, and close the holes.
 
-    Victims have the lowest scores; among equals, the oldest. What stays moves from the end of tier 0 into the holes, in
+    Victims have the lowest ranks; among equals, the oldest. What stays moves from the end of tier 0 into the holes, in
     the order of slots; what moves down is stored in the order of positions.
 
     Args:
@@ -88,12 +96,13 @@ def demote(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, k
             the lower tiers end, ``counts``.
         used: slots in use of tier 0 now.
         key_dim, value_dim: D_k and D_v.
+        ranks: [B, H_kv, used] float32; None: the scores.
     """
     tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
     device = tier.positions.device
     balancer = buffers.balancer if fmt.is_balanced else None
     positions = tier.positions[:, :, :used]
-    scores = _protect(buffers.scores[:, :, :used], positions, orders)
+    scores = _protect(buffers.scores[:, :, :used] if ranks is None else ranks, positions, orders)
     # Lexicographic by (score, position), ascending: slots are in no order once holes have been refilled.
     by_age = positions.argsort(dim=2)
     order = by_age.gather(2, scores.gather(2, by_age).argsort(dim=2, stable=True))
@@ -149,14 +158,13 @@ def append(
     if fmt.has_scores:
         buffers.scores[:, :, used : used + own] = 0.0 if own_scores is None else own_scores
     if orders.victims:
-        run("demote", k.device, buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
+        take_out(buffers, fmt, orders, used + own, k.shape[3], v.shape[3])
 
 
-def pooled(own_scores: torch.Tensor, watch: Watch) -> torch.Tensor:
-    """Scores of a call's own tokens [B, H_kv, S], smoothed over neighbours as ``watch`` wants."""
-    if watch.pool == 1:
-        return own_scores
-    return F.max_pool1d(own_scores, watch.pool, stride=1, padding=watch.pool // 2)
+def take_out(buffers: StoreBuffers, fmt: LayerFormat, orders: Orders, used: int, key_dim: int, value_dim: int) -> None:
+    """Rank tier 0's tokens and demote; arguments as for :func:`demote`."""
+    ranks = ranking.slot_ranks(buffers, fmt, orders, used, key_dim, value_dim)
+    run("demote", buffers.scores.device, buffers, fmt, orders, used, key_dim, value_dim, ranks)
 
 
 def update(
@@ -177,14 +185,7 @@ def update(
         q, k, v, mask, scale, softcap: as given to attention. lse: [B, H_q, R] float32, what it returned.
         orders: see :class:`Orders`.
     """
-    own = None
-    watch = fmt.watch
-    if watch is not None and k.shape[2] >= watch.least:
-        rows = min(watch.rows or q.shape[2], q.shape[2])
-        seen_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, -rows:]
-        seen = (q[:, :, -rows:], k, lse[:, :, -rows:], seen_mask)
-        own = run("add_scores", k.device, *seen, scale, softcap, buffers, fmt, orders.counts[0], orders.length)
-        own = pooled(own, watch)
+    own = ranking.observe(q, k, lse, mask, scale, softcap, buffers, fmt, orders.counts[0], orders.length)
     append(k, v, own, buffers, fmt, orders)
 
 

@@ -71,7 +71,7 @@ struct Call {
   int64_t start;         // write: first slot
   int64_t count;         // tokens to write, slots to read, pairs to copy; demote: slots in use of tier 0
   int64_t first_position;
-  Rows<const float> own_scores;  // write: scores of the tokens; null stands for zeros
+  Rows<const float> own_scores;  // write: scores of the tokens, null stands for zeros; demote: ranks, null: the scores
   int64_t victims, sinks, recent_from;  // demote
   int64_t threads;
   // What does not.
@@ -757,9 +757,10 @@ int demote(const Call& call) {
     const int64_t b = item / call.heads, h = item % call.heads;
     const Head head(call, tier, b, h);
     float* scores = call.scores.of(b, h);
+    const float* ranks = call.own_scores.of(b, h);
     for (int64_t i = 0; i < used; ++i) {
       const int32_t position = head.positions[i];
-      const float score = protected_score(scores[i], position, call.sinks, call.recent_from);
+      const float score = protected_score(ranks ? ranks[i] : scores[i], position, call.sinks, call.recent_from);
       w.candidates[i] = {score, position, i};
       w.leaves[i] = 0;
     }

@@ -69,7 +69,19 @@ class Options:
         metadata={"help": "tiers by hand, highest precision first: 'int8:0.02,k4v2'; tokens beyond all shares go"},
     )
     layers: str | None = field(default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"})
-    policy: str | None = field(default=None, metadata={"help": "what scores tokens: snapkv, h2o, recent"})
+    layer_budget: str | None = field(
+        default=None, metadata={"help": "'pyramid' gives lower layers larger shares of tokens, 'uniform' all the same"}
+    )
+    policy: str | None = field(
+        default=None,
+        metadata={"help": "what scores tokens: snapkv, h2o, h2o-age, tova, expected, knorm, keydiff, recent"},
+    )
+    heads: str | None = field(
+        default=None, metadata={"help": "'sum' or 'max': how scores of the query heads of a KV head are put together"}
+    )
+    value_norm: bool | None = field(
+        default=None, metadata={"help": "weigh a token's score by the norm of its value; 'expected' does by itself"}
+    )
     quantizer: str | None = field(default=None, metadata={"help": "how tokens become codes: kivi, mikv"})
     window: int | None = field(default=None, metadata={"help": "newest tokens that always stay in the high tier"})
     sinks: int | None = field(default=None, metadata={"help": "first tokens that always stay in the high tier"})
@@ -117,6 +129,17 @@ class Options:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise _fail(name, value, f"a whole number of tokens, at least {least}")
+        for name, known in (("heads", ("sum", "max")), ("layer_budget", ("uniform", "pyramid"))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise _fail(name, value, " or ".join(map(repr, known)))
+        if not isinstance(self.value_norm, bool | None):
+            raise _fail("value_norm", self.value_norm, "True or False")
+        policy = self.resolved("policy", "snapkv")
+        if self.heads == "max" and not POLICIES[policy].attention:
+            raise OptionError(f"option 'heads' is 'max', but policy {policy!r} does not look at the query heads")
+        if self.value_norm and policy == "recent":
+            raise OptionError("option 'value_norm' is True, but policy 'recent' gives no scores to weigh")
         share = self.recent_share
         if share is not None and not (_is_number(share) and 0 <= share <= 1):
             raise _fail("recent_share", share, "a number from 0 to 1")

@@ -41,7 +41,7 @@ class Region:
     """A repeated layer that is compiled by itself, once for all layers like it."""
 
     numbers: tuple[int, ...]
-    """Which layers of the model; the option ``layers`` gives all of them the same tiers."""
+    """Which layers of the model; the options give all of them the same tiers."""
     of: int
     """How many layers share a budget in bytes."""
 
@@ -235,7 +235,8 @@ class Lowering:
             # Not the scores buffer itself: one op must not read and write one storage through two arguments.
             scores = graph.call_method("new_empty", (k, (0,)), {"dtype": torch.float32})
         elif first is None or keep is not None:
-            args: tuple[Any, ...] = (k, k, v, None, 1.0, False, 0.0, None, "recent")
+            policy = (plan.format.rank and plan.format.rank.anew) or "recent"
+            args: tuple[Any, ...] = (k, k, v, None, 1.0, False, 0.0, None, policy)
             scores = graph.call_function(ops.importance_v2.default, args)
         else:
             args = (

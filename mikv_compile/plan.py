@@ -14,7 +14,7 @@ import torch
 
 from mikv_compile.config import Options, parse_size
 from mikv_compile.errors import OptionError
-from mikv_compile.kernels.formats import LayerFormat, Orders, SideFormat, TierFormat, buffer_shapes
+from mikv_compile.kernels.formats import LayerFormat, Orders, Rank, SideFormat, TierFormat, buffer_shapes
 from mikv_compile.policies import POLICIES
 from mikv_compile.quantizers import QUANTIZERS
 
@@ -23,6 +23,9 @@ _FLOATS = ("fp", "bf16", "fp16")
 
 GROWTH = 32
 """A tier that is full grows by 1/32, or by one step, so little of a long cache is spare."""
+
+PYRAMID_BETA = 20
+"""In a pyramid the highest layer gets 1/20 of the mean (arXiv 2406.02069)."""
 
 SLOT_STEP = 32
 """Capacities are multiples of this many slots, or of a tier's block."""
@@ -42,6 +45,11 @@ class Tier:
     value_bits: int
     float_name: str
     share: float | int | None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it takes a part of the tokens only."""
+        return self.share is not None and not (isinstance(self.share, float) and self.share >= 1.0)
 
     def quota(self, length: int) -> int:
         """Tokens of the share at a sequence length; the whole length without one."""
@@ -102,10 +110,14 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
 
 
 def check_tiers(options: Options) -> None:
-    """Raise OptionError if the options name tiers that do not exist."""
-    if options.tiers is not None:
-        parse_tiers(options.tiers)
+    """Raise OptionError if the options name tiers that do not exist, or a pyramid of tiers without shares."""
+    tiers = parse_tiers(options.resolved("tiers", "fp"))
     parse_layers(options.layers)
+    if options.layer_budget == "pyramid" and options.budget is None and all(t.share is None for t in tiers):
+        raise OptionError(
+            "option 'layer_budget' is 'pyramid', but no tier has a share that layers could get more or less of; give "
+            "tiers such as 'int8:0.02,k4v2' or 'int4:0.25', or a budget"
+        )
 
 
 def parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
@@ -135,12 +147,37 @@ def check_counts_no_layers(options: Options, reason: str) -> None:
     Raises:
         OptionError: if there is one.
     """
-    for name, counts in (("layers", options.layers is not None), ("budget", isinstance(options.budget, str))):
+    pyramid = options.resolved("layer_budget", "uniform") == "pyramid"
+    in_bytes = isinstance(options.budget, str)
+    for name, counts in (("layers", options.layers is not None), ("budget", in_bytes), ("layer_budget", pyramid)):
         if counts:
             raise OptionError(
                 f"option {name!r} counts the layers of the whole model, but {reason}; compile it with regional=False, "
                 "or choose tiers or a fractional budget, which are the same for each layer"
             )
+
+
+def pyramid(tiers: tuple[Tier, ...], layer: int, layers: int) -> tuple[Tier, ...]:
+    """The tiers of one layer of a pyramid (PyramidKV, arXiv 2406.02069): lower layers keep more tokens than others.
+
+    Shares fall in a line from ``2 - 1/20`` times the given ones in the first layer to ``1/20`` of them in the last,
+    less steeply where the first layer would get more than all tokens. Their mean over the layers is what was given,
+    exactly so for numbers of tokens.
+    """
+    total = sum(tier.share for tier in tiers if isinstance(tier.share, float))
+    steep = min(1 - 1 / PYRAMID_BETA, (1 - total) / total if total else 1.0)
+    steep = max(steep, 0.0) * (layers > 1)
+    # Layers in equal distance from the middle are paired, so that roundings cancel out.
+    fall = steep * abs(2 * layer - (layers - 1)) / max(layers - 1, 1)
+    sign = 1 if 2 * layer < layers - 1 else -1
+
+    def scaled(tier: Tier) -> Tier:
+        if tier.share is None:
+            return tier
+        more = tier.share * fall
+        return replace(tier, share=tier.share + sign * (int(more + 1e-9) if isinstance(tier.share, int) else more))
+
+    return tuple(map(scaled, tiers))
 
 
 @dataclass(frozen=True)
@@ -150,7 +187,7 @@ class LayerPlan:
     Attributes:
         tiers: highest precision first; new tokens enter the first.
         format: the same tiers as buffers; see :mod:`mikv_compile.kernels.formats`.
-        policy: name of what scores tokens.
+        policy: what scores tokens, as the ops take it: a policy's name, maybe with ``+max``.
         window, sinks, recent_share, flush_every: as in :class:`~mikv_compile.config.Options`.
     """
 
@@ -169,7 +206,7 @@ class LayerPlan:
     @property
     def evicts(self) -> bool:
         """True when tokens beyond all shares are dropped."""
-        return self.tiers[-1].share is not None and self.tiers[-1].share != 1.0
+        return self.tiers[-1].is_bounded
 
     @property
     def is_fifo(self) -> bool:
@@ -275,11 +312,22 @@ class Planner:
             choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction
             tiers = choose(self.options, site)
         options = self.options
-        tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
         if sliding:
+            tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
             tiers = (*tiers[:1], *tiers[1:][-1:])
             tiers = (*tiers[:-1], replace(tiers[-1], share=None))
-            options = options.replace(policy="recent", sinks=0)
+            options = options.replace(policy="recent", sinks=0, heads=None, value_norm=None)
+        elif index not in parse_layers(options.layers):
+            tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
+            if options.resolved("layer_budget", "uniform") == "pyramid":
+                if isinstance(budget, str):
+                    # Capacities are rounded up in each layer: a block less per layer pays for that.
+                    block = max(tier.block for tier in _make(options, tiers, site.key_dim, site.value_dim).format.tiers)
+                    tiers = tuple(
+                        replace(t, share=max(t.share - block, 0)) if isinstance(t.share, int) else t for t in tiers
+                    )
+                tiers = pyramid(tiers, index, site.layers)
+        assert tiers is not None
         return _make(options, tiers, site.key_dim, site.value_dim)
 
 
@@ -386,19 +434,28 @@ def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: in
             f"flush_every={flush} does not go with quantizer {quantizer_name!r}, which fills blocks of {block} tokens; "
             f"use a multiple of {block}, or quantizer='mikv'"
         )
-    policy = options.resolved("policy", "snapkv")
-    evicts = tiers[-1].share is not None and tiers[-1].share != 1.0
+    name = options.resolved("policy", "snapkv")
+    policy, heads = POLICIES[name], options.resolved("heads", "sum")
+    evicts = tiers[-1].is_bounded
     movable = evicts or len(tiers) > 1
-    watch = POLICIES[policy].watch if movable else None
-    if watch is not None and evicts:
+    watch = policy.watch if movable else None
+    if watch is not None:
         # What is dropped is lost for good, so generated tokens need real scores too, not only those of a prompt.
-        watch = replace(watch, least=1)
+        watch = replace(watch, least=1 if evicts else watch.least, heads=heads)
+    by_value = options.resolved("value_norm", policy.value_norm)
+    rank = Rank(
+        by_age=policy.by_age,
+        by_value=by_value,
+        floor=policy.floor if by_value else 0.0,
+        joint=by_value and policy.watch is not None and policy.watch.joint,
+        anew=name if policy.anew else "",
+    )
     return LayerPlan(
         tiers=tiers,
-        format=LayerFormat(tuple(formats), scored=movable, watch=watch),
-        policy=policy,
+        format=LayerFormat(tuple(formats), movable, watch, rank if movable and rank != Rank() else None),
+        policy=name if heads == "sum" else f"{name}+{heads}",
         window=options.resolved("window", 64),
         sinks=options.resolved("sinks", 4),
-        recent_share=options.resolved("recent_share", 0.5 if policy == "h2o" else 0.0),
+        recent_share=options.resolved("recent_share", policy.recent_share),
         flush_every=flush,
     )

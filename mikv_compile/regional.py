@@ -135,7 +135,9 @@ def _layer_calls(
     """
     attributes = [_attributes(layer) for layer in layers]
     numbering = _numbering(attributes)
-    overrides = parse_layers(options.layers)
+    overrides: dict[int, Any] = dict(parse_layers(options.layers))
+    if options.resolved("layer_budget", "uniform") == "pyramid":
+        overrides = {number: overrides.get(number, number) for number in range(len(layers))}
     groups: dict[Any, _Group] = {}
     calls = []
     for number, (layer, own) in enumerate(zip(layers, attributes, strict=True)):

@@ -81,7 +81,8 @@ def describe(plan: LayerPlan) -> str:
     text = " > ".join(parts) + (" > evicted" if plan.evicts else "")
     if len(plan.tiers) == 1 and not plan.evicts:
         return text
-    return f"{text}, window {plan.window}, sinks {plan.sinks}, policy {plan.policy}"
+    weighed = " by value norm" if plan.format.rank is not None and plan.format.rank.by_value else ""
+    return f"{text}, window {plan.window}, sinks {plan.sinks}, policy {plan.policy}{weighed}"
 
 
 def _by_plan(sites: tuple[SiteReport, ...]) -> dict[tuple[LayerPlan, str], list[int]]:

@@ -12,6 +12,7 @@ import torch
 from mikv_compile.errors import EvictedTokensError, MikvError, UnusableCacheError
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, TierBuffers, buffer_shapes
+from mikv_compile.kernels.ranking import unobserved
 from mikv_compile.kernels.store_ops import append, compress
 from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 
@@ -190,9 +191,9 @@ class LayerStore:
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append tokens outside of a compiled call: k [B, H_kv, T, D_k], v [B, H_kv, T, D_v].
 
-        There are no queries, so nothing is scored: the tokens count as new ones that nobody has attended to. The caller
-        has made sure that no living handle of another branch is in the way (:meth:`continued_from`,
-        :meth:`for_writing`).
+        There are no queries, so the tokens count as new ones that nobody has attended to, except with a policy that
+        looks at keys and values alone. The caller has made sure that no living handle of another branch is in the way
+        (:meth:`continued_from`, :meth:`for_writing`).
         """
         new = k.shape[2]
         if not new:
@@ -203,9 +204,8 @@ class LayerStore:
         k, v = (x.detach().to(self.device, self.site.dtype) for x in (k, v))
         try:
             if orders.fresh:
-                scores = torch.zeros(k.shape[:3], device=self.device)
                 # The keys stand in for the queries: the balancer becomes 1.
-                compress(k, k, v, scores, self.typed(), fmt, orders)
+                compress(k, k, v, unobserved(k, v, fmt), self.typed(), fmt, orders)
             else:
                 append(k, v, None, self.typed(), fmt, orders)
             self.commit(orders, new)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import Watch
+from mikv_compile.kernels.ranking import received
 from mikv_compile.kernels.scoring import AttentionArgs
 
 OBSERVED_ROWS = 32
@@ -22,5 +22,5 @@ in plans that evict, where every call is watched."""
 
 def scorer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttentionArgs) -> torch.Tensor:
     """Pooled column sums over the last rows."""
-    sums = run("column_sums", q.device, q, k, args, OBSERVED_ROWS)
+    sums = received(q, k, args, OBSERVED_ROWS)
     return F.max_pool1d(sums, KERNEL, stride=1, padding=KERNEL // 2)
