@@ -17,6 +17,7 @@ FLOAT_KINDS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
 
 _SOURCES = {
     "tokens": ("vector.h", "tokens.cpp"),
+    "fit": ("vector.h", "fit.cpp"),
     "attention": (
         "vector.h", "attention_math.h", "attention_common.h", "attention_unpacked.h", "attention_codes.h",
         "attention.cpp",
@@ -58,6 +59,8 @@ def side_fields(side: SideBuffers, fmt: SideFormat) -> tuple[int, ...]:
         if kind is None:
             raise NotCovered(f"buffers of {codes.dtype}")
         return kind, 1, 1, codes.data_ptr(), batch_stride, head_stride, slot_stride, 0, 0, 0, 0, 0
+    if fmt.fit == "lloyd":
+        raise NotCovered("levels that are not evenly spaced")
     strides = scales.stride()
     if zeros.stride() != strides or strides[3] != 1:
         raise NotCovered("scales and zeros are laid out differently")

@@ -11,7 +11,7 @@ import threading
 import torch
 
 from mikv_compile._compat import import_toolchain
-from mikv_compile.kernels import cpp_attention, cpp_tokens, dispatch, masks, ranking, store_ops
+from mikv_compile.kernels import cpp_attention, cpp_fit, cpp_tokens, dispatch, masks, ranking, store_ops
 from mikv_compile.kernels.cpp_attention import PreparedCall
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS
 from mikv_compile.kernels.cpp_tokens import AppendPlan
@@ -128,7 +128,7 @@ def build_ahead() -> None:
 
 
 def _build() -> None:
-    for kernels in (cpp_attention.kernels, cpp_tokens.kernels):
+    for kernels in (cpp_attention.kernels, cpp_tokens.kernels, cpp_fit.kernel):
         try:
             kernels()
         except BuildError as error:

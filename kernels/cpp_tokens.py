@@ -18,6 +18,7 @@ import torch
 from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
 from mikv_compile.kernels.dispatch import BuildError, NotCovered
+from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, TierBuffers, TierFormat
 
 _APPEND = Struct("=16q")
@@ -136,6 +137,7 @@ def write_tokens(
     first_position: int,
     positions: torch.Tensor | None,
     balancer: torch.Tensor | None,
+    guide: Guide | None = None,
 ) -> None:
     """Quantize tokens into the slots ``start, start + 1, ...`` of a tier; see :func:`tokens.write_tokens`.
 
@@ -144,6 +146,7 @@ def write_tokens(
         IndexError: ``index`` names a token that there is not.
         BuildError: the kernel cannot be compiled here.
     """
+    _need_range_rounding(fmt)
     batch, heads, tokens, key_dim = k.shape
     count = tokens if index is None else index.shape[2]
     _need_room(tier, fmt, start, count)
@@ -159,6 +162,12 @@ def write_tokens(
         limit=tokens,
     )  # fmt: skip
     _call("write_tokens", header, _tier_fields(tier, fmt))
+
+
+def _need_range_rounding(fmt: TierFormat) -> None:
+    for side in (fmt.key, fmt.value):
+        if side.fit:
+            raise NotCovered(f"rounding as {side}")
 
 
 def _need_room(tier: TierBuffers, fmt: TierFormat, start: int, count: int) -> None:
@@ -269,6 +278,7 @@ def demote(
     lower = zip(buffers.tiers[1:], fmt.tiers[1:], orders.counts[1:], orders.moves, strict=True)
     for tier, tier_fmt, start, count in lower:
         if count:
+            _need_range_rounding(tier_fmt)
             _need_room(tier, tier_fmt, start, count)
         tiers += _tier_fields(tier, tier_fmt, start, count)
     batch, heads, _ = buffers.tiers[0].positions.shape
@@ -305,6 +315,7 @@ class AppendPlan:
     def __init__(self, buffers: StoreBuffers, fmt: LayerFormat, key_dim: int, value_dim: int) -> None:
         tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
         _need_own_scales(tier_fmt)
+        _need_range_rounding(tier_fmt)
         balancer = buffers.balancer if tier_fmt.key.balanced else None
         if balancer is not None and not (balancer.is_contiguous() and balancer.dtype is torch.float32):
             raise NotCovered("the balancer is not contiguous")

@@ -1,7 +1,7 @@
 """Which implementation of a primitive runs: Triton on GPUs, C++ on the CPU where there is one, else plain PyTorch.
 
-A primitive is a function with a reference in :mod:`tokens` or :mod:`attention`, or in :mod:`store_ops` where
-it is about a whole store. Another implementation is a function with the same signature, registered
+A primitive is a function with a reference in :mod:`tokens`, :mod:`fit` or :mod:`attention`, or in :mod:`store_ops`
+where it is about a whole store. Another implementation is a function with the same signature, registered
 here by one line in ``_IMPLEMENTATIONS``; it may raise :class:`NotCovered` for arguments that it does not take, and the
 reference runs instead.
 """
@@ -17,18 +17,22 @@ from functools import lru_cache
 
 import torch
 
-from mikv_compile.kernels import attention, tokens
 
 log = logging.getLogger(__name__)
 
-REFERENCE: dict[str, Callable] = {
-    "write_tokens": tokens.write_tokens,
-    "read_tokens": tokens.read_tokens,
-    "copy_slots": tokens.copy_slots,
-    "attend": attention.attend,
-    "add_scores": attention.add_scores,
-    "column_sums": attention.column_sums,
+REFERENCE: dict[str, str] = {
+    "write_tokens": "mikv_compile.kernels.tokens",
+    "read_tokens": "mikv_compile.kernels.tokens",
+    "copy_slots": "mikv_compile.kernels.tokens",
+    "attend": "mikv_compile.kernels.attention",
+    "add_scores": "mikv_compile.kernels.attention",
+    "column_sums": "mikv_compile.kernels.attention",
+    "select_tokens": "mikv_compile.kernels.store_ops",
+    "demote": "mikv_compile.kernels.store_ops",
+    "fit_groups": "mikv_compile.kernels.fit",
+    "fit_guided": "mikv_compile.kernels.fit",
 }
+"""The module with the plain PyTorch of each primitive."""
 
 # backend -> (module, primitives it implements); modules are imported on first use.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
@@ -48,6 +52,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "demote": "mikv_compile.kernels.cpp_tokens",
         "attend": "mikv_compile.kernels.cpp_attention",
         "add_scores": "mikv_compile.kernels.cpp_attention",
+        "fit_groups": "mikv_compile.kernels.cpp_fit",
+        "fit_guided": "mikv_compile.kernels.cpp_fit",
     },
 }
 
@@ -106,7 +112,7 @@ def run(primitive: str, device: torch.device, *args):
             tell = log.debug if any(name == backend for name, _ in _failed) else log.warning
             _failed.add((backend, primitive))
             tell("%s kernel %s could not be built, plain PyTorch runs instead: %s", backend, primitive, error)
-    return REFERENCE[primitive](*args)
+    return getattr(importlib.import_module(REFERENCE[primitive]), primitive)(*args)
 
 
 class BuildError(RuntimeError):

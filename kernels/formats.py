@@ -4,6 +4,7 @@ A side (keys or values) of a tier has a :class:`SideFormat`; a tier has two; a l
 (:class:`LayerFormat`). Ops take the format as one short string, which is readable in a printed graph::
 
     8:t1c64,8:t1c64|4:t64c1,2:t1c32        # high tier 8-bit per token, low tier keys per channel, values per token
+    8:t1c64,8:t1c64|4:t64c1~gptq,2:t1c64~unbiased+rotate:v    # other rounding in the low tier, values rotated
     fp,fp                                  # one tier in the model's own dtype: the full cache
 """
 
@@ -25,6 +26,10 @@ FLOAT_NAMES = {"fp": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BUFFERS_PER_TIER = 7
 
+FITS = ("", "clip", "unbiased", "gptq", "hqq", "lloyd")
+"""How numbers become codes: by their range (the first), or see :mod:`fit`; ``lloyd`` has levels that are not evenly
+spaced (:mod:`quantize`)."""
+
 
 @dataclass(frozen=True)
 class SideFormat:
@@ -36,6 +41,7 @@ class SideFormat:
         channels: neighbouring channels that share one scale and zero (1: per channel).
         balanced: codes are of ``x * balancer`` (MiKV, arXiv 2402.18096, section 3.2), keys only.
         float_name: with 16 bits, ``"fp"`` (the model's dtype), ``"bf16"`` or ``"fp16"``.
+        fit: how numbers are rounded, one of ``FITS``.
     """
 
     bits: int
@@ -43,12 +49,15 @@ class SideFormat:
     channels: int = 0
     balanced: bool = False
     float_name: str = "fp"
+    fit: str = ""
 
     def __post_init__(self) -> None:
         if self.bits != 16 and self.bits not in CODE_BITS:
             raise ValueError(f"{self.bits} bits are not offered; choose 16, 8, 4, 3 or 2")
         if self.bits != 16 and (self.tokens < 1 or self.channels < 1):
             raise ValueError("a coded side needs a positive number of tokens and channels per scale")
+        if self.fit not in FITS:
+            raise ValueError(f"there is no rounding {self.fit!r}; choose one of {', '.join(map(repr, FITS))}")
 
     @property
     def is_float(self) -> bool:
@@ -76,18 +85,19 @@ class SideFormat:
     def __str__(self) -> str:
         if self.is_float:
             return self.float_name
-        return f"{self.bits}:t{self.tokens}c{self.channels}{'b' if self.balanced else ''}"
+        fit = f"~{self.fit}" if self.fit else ""
+        return f"{self.bits}:t{self.tokens}c{self.channels}{'b' if self.balanced else ''}{fit}"
 
     @classmethod
     def parse(cls, text: str) -> SideFormat:
         """Inverse of ``str``."""
         if text in FLOAT_NAMES:
             return cls(bits=16, float_name=text)
-        found = re.fullmatch(r"(\d+):t(\d+)c(\d+)(b?)", text)
+        found = re.fullmatch(r"(\d+):t(\d+)c(\d+)(b?)(?:~(\w+))?", text)
         if not found:
             raise ValueError(f"not a side format: {text!r}")
-        bits, tokens, channels, balanced = found.groups()
-        return cls(int(bits), int(tokens), int(channels), bool(balanced))
+        bits, tokens, channels, balanced, fit = found.groups()
+        return cls(int(bits), int(tokens), int(channels), bool(balanced), fit=fit or "")
 
 
 @dataclass(frozen=True)
@@ -197,12 +207,14 @@ class LayerFormat:
     ``scored``: tier 0 keeps a score per slot, which only tokens that can still be demoted or evicted need.
     ``watch``: how later calls add the attention that tier 0's tokens received to their scores; None if they do not.
     ``rank``: what else than its score decides whether a token leaves; None if nothing does.
+    ``rotated``: ``"k"``, ``"v"`` or ``"kv"``: all tiers hold these multiplied by an orthogonal matrix (:mod:`rotation`).
     """
 
     tiers: tuple[TierFormat, ...]
     scored: bool = False
     watch: Watch | None = None
     rank: Rank | None = None
+    rotated: str = ""
 
     @property
     def has_scores(self) -> bool:
@@ -216,6 +228,7 @@ class LayerFormat:
 
     def __str__(self) -> str:
         flags = ("+scored" if self.scored else "") + "".join(f"+{x}" for x in (self.watch, self.rank) if x)
+        flags += f"+rotate:{self.rotated}" if self.rotated else ""
         return "|".join(map(str, self.tiers)) + flags
 
     @classmethod
@@ -227,15 +240,17 @@ class LayerFormat:
         for tier in body.split("|"):
             key, _, value = tier.partition(",")
             tiers.append(TierFormat(SideFormat.parse(key), SideFormat.parse(value)))
-        watch, rank = None, None
+        watch, rank, rotated = None, None, ""
         for flag in flags:
             if flag.startswith("watch:"):
                 watch = Watch.parse(flag)
             elif flag.startswith("rank:"):
                 rank = Rank.parse(flag)
+            elif flag.startswith("rotate:"):
+                rotated = flag.removeprefix("rotate:")
             elif flag != "scored":
                 raise ValueError(f"not a flag of a layer's format: {flag!r}")
-        return cls(tuple(tiers), "scored" in flags, watch, rank)
+        return cls(tuple(tiers), "scored" in flags, watch, rank, rotated)
 
 
 class SideBuffers(NamedTuple):

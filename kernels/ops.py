@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import cpp_step, masks, ranking, scoring, store_ops
+from mikv_compile.kernels import cpp_step, masks, ranking, rotation, scoring, store_ops
 from mikv_compile.kernels.dispatch import backend_for, run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.scoring import AttentionArgs
@@ -75,8 +75,9 @@ def _attend(q, k, v, mask, scale, softcap, buffers, orders, format):
     own, counts = k.shape[2], (0,) * len(fmt.tiers) if told.fresh else told.counts
     masks.check_stale(mask, told, own)
     seen = masks.by_position(mask, told, own, q.device)
-    out, lse = run("attend", q.device, q, k, v, seen, scale, softcap, stored, fmt, counts, told.length)
-    return masks.add_unwritten(out, lse, mask, told, own)
+    stored_like = rotation.as_stored(fmt, q, k, v=v)
+    out, lse = run("attend", q.device, *stored_like, seen, scale, softcap, stored, fmt, counts, told.length)
+    return masks.add_unwritten(rotation.output_as_given(fmt, out, q.dtype), lse, mask, told, own)
 
 
 def _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy):
@@ -95,9 +96,11 @@ def _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy)
 def _step(q, k, v, mask, scale, softcap, buffers, orders, format, policy):
     if backend_for(q.device) == "cpp":
         told = Orders.decode(orders, (len(buffers) - 2) // BUFFERS_PER_TIER)
-        done = cpp_step.step(q, k, v, mask, scale, softcap, buffers, told, format)
+        fmt = LayerFormat.parse(format)
+        stored_like = rotation.as_stored(fmt, q, k, v=v)
+        done = cpp_step.step(*stored_like, mask, scale, softcap, buffers, told, format)
         if done is not None:
-            return done
+            return (rotation.output_as_given(fmt, done[0], q.dtype), done[1]) if fmt.rotated else done
     out, lse = _attend(q, k, v, mask, scale, softcap, buffers, orders, format)
     _update(q, k, v, lse, mask, scale, softcap, buffers, orders, format, policy)
     return out, lse

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from mikv_compile.kernels import ranking
-from mikv_compile.kernels.dispatch import REFERENCE, run
+from mikv_compile.kernels import ranking, rotation
+from mikv_compile.kernels.dispatch import run
+from mikv_compile.kernels.fit import key_guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
@@ -54,23 +55,28 @@ def compress(
     """Fill an empty store from a prompt.
 
     Args:
-        q: [B, H_q, R, D_k], read only for the balancer. k, v: [B, H_kv, T, D].
+        q: [B, H_q, R, D_k], read only for the balancer and for which errors of keys matter; ``k`` itself where there
+            are no queries. k, v: [B, H_kv, T, D].
         scores: [B, H_kv, T] float32; the highest go to tier 0. May have no elements when all tokens go to tier 0.
         orders: ``counts`` tokens go to each tier; tokens beyond their sum are evicted. The first has position 0.
     """
-    tokens = k.shape[2]
+    tokens, has_queries = k.shape[2], q is not k
+    chosen_by = v
+    q, k, v = rotation.as_stored(fmt, q, k, v=v)
+    guided = has_queries and any(tier.key.fit == "gptq" for tier in fmt.tiers)
+    guide = key_guide(q, k) if guided else None
     balancer = None
     if fmt.is_balanced:
         balancer = channel_balancer(q, k)
         buffers.balancer.copy_(balancer)
     if orders.counts[0] == tokens:
-        run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], 0, k, v, None, 0, None, balancer)
+        run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], 0, k, v, None, 0, None, balancer, guide)
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    chosen = run("select_tokens", k.device, ranking.prompt_ranks(scores, v, fmt), orders)
+    chosen = run("select_tokens", k.device, ranking.prompt_ranks(scores, chosen_by, fmt), orders)
     for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
-        run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer)
+        run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer, guide)
         if i == 0 and fmt.has_scores:
             buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
 
@@ -133,10 +139,6 @@ def demote(
     run("copy_slots", device, tier, tier_fmt, buffers.scores, movers.clamp(max=used - 1), holes.clamp(max=used - 1))
 
 
-REFERENCE["select_tokens"] = select_tokens
-REFERENCE["demote"] = demote
-
-
 def append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -152,6 +154,17 @@ def append(
         own_scores: [B, H_kv, S] float32; None stands for zeros.
         orders: see :class:`Orders`.
     """
+    _append(*rotation.as_stored(fmt, k, v=v), own_scores, buffers, fmt, orders)
+
+
+def _append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    own_scores: torch.Tensor | None,
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    orders: Orders,
+) -> None:
     used, own = orders.counts[0], k.shape[2]
     balancer = buffers.balancer if fmt.is_balanced else None
     run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], used, k, v, None, orders.length, None, balancer)
@@ -185,8 +198,9 @@ def update(
         q, k, v, mask, scale, softcap: as given to attention. lse: [B, H_q, R] float32, what it returned.
         orders: see :class:`Orders`.
     """
+    q, k, v = rotation.as_stored(fmt, q, k, v=v)
     own = ranking.observe(q, k, lse, mask, scale, softcap, buffers, fmt, orders.counts[0], orders.length)
-    append(k, v, own, buffers, fmt, orders)
+    _append(k, v, own, buffers, fmt, orders)
 
 
 def read(
@@ -219,7 +233,7 @@ def read(
             index = torch.arange(begin, end, device=device).expand(*lead[:2], -1)
             found = run("read_tokens", device, tier, tier_fmt, index, key_dim, value_dim, balancer)
             column = tier.positions[:, :, begin:end].long() - orders.first
-            for out, part in zip(dense, found, strict=True):
+            for out, part in zip(dense, rotation.as_given(fmt, *found), strict=True):
                 part = part.to(dtype)
                 where = column.clamp(min=0)[..., None].expand_as(part)
                 if orders.first:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import SideBuffers, SideFormat, TierBuffers, TierFormat
 from mikv_compile.kernels.quantize import dequantize, quantize
 
-CHUNK = 256
+CHUNK = 512
 """Tokens gathered and quantized at a time: bounds the copies that compressing a long prompt makes."""
 
 
@@ -15,14 +16,21 @@ def _select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
-def _write_side(side: SideBuffers, fmt: SideFormat, start: int, x: torch.Tensor, balancer: torch.Tensor | None) -> None:
+def _write_side(
+    side: SideBuffers,
+    fmt: SideFormat,
+    start: int,
+    x: torch.Tensor,
+    balancer: torch.Tensor | None,
+    guide: Guide | None,
+) -> None:
     stop = start + x.shape[2]
     if fmt.is_float:
         side.codes[:, :, start:stop] = x
         return
     if balancer is not None:
         x = x.float() * balancer[:, :, None]
-    codes, scales, zeros = quantize(x, fmt)
+    codes, scales, zeros = quantize(x, fmt, guide)
     side.codes[:, :, start:stop] = codes
     side.scales[:, :, start // fmt.tokens : stop // fmt.tokens] = scales
     side.zeros[:, :, start // fmt.tokens : stop // fmt.tokens] = zeros
@@ -38,6 +46,7 @@ def write_tokens(
     first_position: int,
     positions: torch.Tensor | None,
     balancer: torch.Tensor | None,
+    guide: Guide | None = None,
 ) -> None:
     """Quantize tokens into the slots ``start, start + 1, ...`` of a tier.
 
@@ -49,6 +58,7 @@ def write_tokens(
         first_position: token t has position ``first_position + t``, unless
         positions: [B, H_kv, T] int32 gives each token's position.
         balancer: [B, H_kv, D_k] float32 when ``fmt.key.balanced``, otherwise None.
+        guide: which errors of keys matter, for the rounding ``gptq``; without one it is ``clip``.
     """
     count = k.shape[2] if index is None else index.shape[2]
     if not fmt.key.balanced:
@@ -62,8 +72,8 @@ def write_tokens(
         else:
             where = index[:, :, begin:end]
             k_part, v_part = _select(k, where), _select(v, where)
-        _write_side(tier.key, fmt.key, start + begin, k_part, balancer)
-        _write_side(tier.value, fmt.value, start + begin, v_part, None)
+        _write_side(tier.key, fmt.key, start + begin, k_part, balancer, guide)
+        _write_side(tier.value, fmt.value, start + begin, v_part, None, None)
         place = where + first_position if positions is None else positions.gather(2, where)
         tier.positions[:, :, start + begin : start + end] = place
 
@@ -74,7 +84,7 @@ def _read_side(side: SideBuffers, fmt: SideFormat, index: torch.Tensor, dim: int
         return codes.float()
     block = index // fmt.tokens
     # Per-token parameters of the chosen slots: the block structure is gone once slots are picked one by one.
-    per_token = SideFormat(fmt.bits, tokens=1, channels=fmt.channels)
+    per_token = SideFormat(fmt.bits, tokens=1, channels=fmt.channels, fit=fmt.fit)
     return dequantize(SideBuffers(codes, _select(side.scales, block), _select(side.zeros, block)), per_token, dim)
 
 

@@ -31,6 +31,7 @@ from mikv_compile.kernels.triton_common import (
     load_codes,
     load_params,
     need_contiguous,
+    need_even_levels,
     need_floats,
     need_small,
     neighbours,
@@ -346,6 +347,7 @@ def attend(
         if count:
             need_contiguous(*tier.key, *tier.value, tier.positions)
             need_small(tier)
+            need_even_levels(tier_fmt.key, tier_fmt.value)
             tiers.append(Part(tier.key, tier_fmt.key, tier.value, tier_fmt.value, tier.positions, count))
     seen = (_mask_args(mask, (batch, heads, rows)), _score_args(scale, softcap), length)
     if heads // kv_heads * rows <= MOST_ROWS and len(tiers) <= MOST_TIERS:
@@ -438,6 +440,7 @@ def add_scores(
     tier, key_fmt = buffers.tiers[0], fmt.tiers[0].key
     need_contiguous(*tier.key, tier.positions, buffers.scores)
     need_small(tier)
+    need_even_levels(key_fmt)
     q, k = neighbours(q), neighbours(k)
     own = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     # The own tokens first: should their kernel fail to build, the reference still finds the tier's scores untouched.

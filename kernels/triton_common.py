@@ -61,6 +61,13 @@ def need_floats(*tensors: torch.Tensor) -> None:
             raise NotCovered(f"no kernel for {tensor.dtype}")
 
 
+def need_even_levels(*sides: SideFormat) -> None:
+    """Raise NotCovered for levels that a scale and a zero do not describe."""
+    for side in sides:
+        if side.fit == "lloyd":
+            raise NotCovered("levels that are not evenly spaced")
+
+
 def need_contiguous(*tensors: torch.Tensor) -> None:
     """Raise NotCovered unless all stored buffers are contiguous."""
     for tensor in tensors:

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 from mikv_compile.kernels.dispatch import NotCovered
+from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import SideFormat, TierBuffers, TierFormat
 from mikv_compile.kernels.triton_common import (
     launch,
     load_codes,
     load_params,
     need_contiguous,
+    need_even_levels,
     need_floats,
     neighbours,
     padded,
@@ -234,8 +236,11 @@ def write_tokens(
     first_position: int,
     positions: torch.Tensor | None,
     balancer: torch.Tensor | None,
+    guide: Guide | None = None,
 ) -> None:
     """Quantize tokens into the slots ``start, start + 1, ...`` of a tier; see :func:`tokens.write_tokens`."""
+    if fmt.key.fit or fmt.value.fit:
+        raise NotCovered(f"rounding as {fmt}")
     batch, kv_heads, tokens, key_dim = k.shape
     value_dim = v.shape[3]
     count = tokens if index is None else index.shape[2]
@@ -331,6 +336,7 @@ def read_tokens(
     if not count:
         return keys, values
     need_contiguous(*tier.key, *tier.value)
+    need_even_levels(fmt.key, fmt.value)
     if not fmt.key.balanced:
         balancer = None
     launch(

@@ -13,7 +13,7 @@ from mikv_compile.errors import OptionError
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Keys need about two bits more than values; `make demo` measures what this costs on a real model.
-    "mikv": {"tiers": "int8:0.02,k4v2", "policy": "snapkv", "quantizer": "kivi"},
+    "mikv": {"tiers": "int8:0.02,k4v2", "policy": "snapkv", "key_quantizer": "gptq", "value_quantizer": "rotate"},
     # MiKV as published (arXiv 2402.18096): half of the 20 % are heavy hitters, half are recent; per-step demotion.
     "mikv-paper": {
         "tiers": "fp:0.2,int2",
@@ -82,7 +82,12 @@ class Options:
     value_norm: bool | None = field(
         default=None, metadata={"help": "weigh a token's score by the norm of its value; 'expected' does by itself"}
     )
-    quantizer: str | None = field(default=None, metadata={"help": "how tokens become codes: kivi, mikv"})
+    quantizer: str | None = field(
+        default=None,
+        metadata={"help": "how tokens become codes: kivi, clip, gptq, rotate, mikv, flexgen, hqq, nuq"},
+    )
+    key_quantizer: str | None = field(default=None, metadata={"help": "the same for keys alone"})
+    value_quantizer: str | None = field(default=None, metadata={"help": "the same for values alone"})
     window: int | None = field(default=None, metadata={"help": "newest tokens that always stay in the high tier"})
     sinks: int | None = field(default=None, metadata={"help": "first tokens that always stay in the high tier"})
     recent_share: float | None = field(
@@ -121,7 +126,10 @@ class Options:
 
         if self.preset not in PRESETS:
             raise OptionError(f"unknown preset {self.preset!r}{_nearest(str(self.preset), list(PRESETS))}")
-        for name, registry in (("policy", POLICIES), ("quantizer", QUANTIZERS)):
+        for name, registry in (
+            ("policy", POLICIES), ("quantizer", QUANTIZERS), ("key_quantizer", QUANTIZERS),
+            ("value_quantizer", QUANTIZERS),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in registry:
                 raise OptionError(f"unknown {name} {value!r}{_nearest(str(value), list(registry))}")
@@ -169,6 +177,16 @@ class Options:
         """An option's value: as given, else the preset's, else ``default``."""
         value = getattr(self, name)
         return PRESETS[self.preset].get(name, default) if value is None else value
+
+    @property
+    def quantizers(self) -> tuple[str, str]:
+        """Names of the quantizers of keys and of values: the nearest to what was given, then the preset's."""
+        preset = PRESETS[self.preset]
+        found = []
+        for name in ("key_quantizer", "value_quantizer"):
+            choices = (getattr(self, name), self.quantizer, preset.get(name), preset.get("quantizer"), "kivi")
+            found.append(next(choice for choice in choices if choice is not None))
+        return found[0], found[1]
 
     def replace(self, **changes: Any) -> Options:
         """A copy with some options changed."""

@@ -416,24 +416,31 @@ def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
 
 
 def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> LayerPlan:
-    quantizer_name = options.resolved("quantizer", "kivi")
+    names = options.quantizers
+    key_quantizer, value_quantizer = (QUANTIZERS[name] for name in names)
     formats = []
     for i, tier in enumerate(tiers):
-        if tier.key_bits == tier.value_bits == 16:
-            side = SideFormat(16, float_name=tier.float_name)
-            formats.append(TierFormat(side, side))
-            continue
-        made = QUANTIZERS[quantizer_name](tier.key_bits, tier.value_bits, key_dim, value_dim, i == 0)
-        made.key.check(key_dim)
-        made.value.check(value_dim)
-        formats.append(made)
+        sides = []
+        for bits, make, dim in (
+            (tier.key_bits, key_quantizer.key, key_dim), (tier.value_bits, value_quantizer.value, value_dim)
+        ):  # fmt: skip
+            side = SideFormat(16, float_name=tier.float_name) if bits == 16 else make(bits, dim, i == 0)
+            side.check(dim)
+            sides.append(side)
+        formats.append(TierFormat(*sides))
     block = max(f.block for f in formats)
     flush = options.resolved("flush_every", max(block, 64))
     if flush % block:
         raise OptionError(
-            f"flush_every={flush} does not go with quantizer {quantizer_name!r}, which fills blocks of {block} tokens; "
-            f"use a multiple of {block}, or quantizer='mikv'"
+            f"flush_every={flush} does not go with quantizer {' and '.join(dict.fromkeys(map(repr, names)))}, which fills "
+            f"blocks of {block} tokens; use a multiple of {block}, or quantizer='mikv'"
         )
+    rotated = ""
+    for letter, quantizer, coded in (
+        ("k", key_quantizer, any(not f.key.is_float for f in formats)),
+        ("v", value_quantizer, any(not f.value.is_float for f in formats)),
+    ):
+        rotated += letter if coded and letter in quantizer.rotates else ""
     name = options.resolved("policy", "snapkv")
     policy, heads = POLICIES[name], options.resolved("heads", "sum")
     evicts = tiers[-1].is_bounded
@@ -452,7 +459,7 @@ def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: in
     )
     return LayerPlan(
         tiers=tiers,
-        format=LayerFormat(tuple(formats), movable, watch, rank if movable and rank != Rank() else None),
+        format=LayerFormat(tuple(formats), movable, watch, rank if movable and rank != Rank() else None, rotated),
         policy=name if heads == "sum" else f"{name}+{heads}",
         window=options.resolved("window", 64),
         sinks=options.resolved("sinks", 4),

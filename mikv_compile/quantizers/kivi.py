@@ -7,7 +7,7 @@ demotion order. Tier 0 takes tokens one at a time and therefore has scales per t
 
 from __future__ import annotations
 
-from mikv_compile.kernels.formats import SideFormat, TierFormat
+from mikv_compile.kernels.formats import SideFormat
 
 BLOCK = 64
 """Tokens that share a key scale."""
@@ -16,7 +16,11 @@ GROUP = 64
 """Channels of a token that share a value scale; the whole head where 64 does not divide it."""
 
 
-def tier_format(key_bits: int, value_bits: int, key_dim: int, value_dim: int, entry: bool) -> TierFormat:
-    """Format of a tier."""
-    key = SideFormat(key_bits, 1, key_dim) if entry else SideFormat(key_bits, BLOCK, 1)
-    return TierFormat(key, SideFormat(value_bits, 1, GROUP if value_dim % GROUP == 0 else value_dim))
+def key(bits: int, dim: int, entry: bool) -> SideFormat:
+    """Format of the keys."""
+    return SideFormat(bits, 1, dim) if entry else SideFormat(bits, BLOCK, 1)
+
+
+def value(bits: int, dim: int, entry: bool) -> SideFormat:
+    """Format of the values."""
+    return SideFormat(bits, 1, GROUP if dim % GROUP == 0 else dim)
