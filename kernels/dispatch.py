@@ -12,11 +12,10 @@ import contextlib
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-
 
 log = logging.getLogger(__name__)
 

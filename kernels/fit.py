@@ -1,8 +1,8 @@
-"""Rounding that looks at what is lost: scales and zeros chosen by the error they leave, in plain PyTorch (the reference).
+"""Rounding that looks at what is lost: scales and zeros by the error they leave, in plain PyTorch (the reference).
 
 At 2 and 3 bits the range of a group is a bad guide to its scale: few numbers lie near the ends. Here the range is
-narrowed by each factor of ``NARROWED`` in turn, codes are rounded on that grid, and the line through (code, number) that
-fits best replaces the grid's own scale and zero. Which line is best depends on the side:
+narrowed by each factor of ``NARROWED`` in turn, codes are rounded on that grid, and the line through (code, number)
+that fits best replaces the grid's own scale and zero. Which line is best depends on the side:
 
 ``clip``      least squares, for keys: the error of a score has the least variance.
 ``unbiased``  the line whose numbers have the group's own spread, for values: attention averages values over many
@@ -178,5 +178,7 @@ def fit_guided(x: torch.Tensor, fmt: SideFormat, guide: Guide) -> tuple[torch.Te
         rest[c + 1 :] -= ahead * missing
     back = guide.order.argsort(dim=2)
     codes = codes.permute(1, 2, 3, 4, 0).gather(4, back[:, :, None, None].expand_as(blocks))
-    params = [p.permute(1, 2, 3, 0).gather(3, back[:, :, None].expand(b, h, t // fmt.tokens, d)) for p in (scales, zeros)]
+    params = [
+        p.permute(1, 2, 3, 0).gather(3, back[:, :, None].expand(b, h, t // fmt.tokens, d)) for p in (scales, zeros)
+    ]
     return codes.reshape(b, h, t, d).to(torch.uint8), params[0].half(), params[1].half()

@@ -207,7 +207,7 @@ class LayerFormat:
     ``scored``: tier 0 keeps a score per slot, which only tokens that can still be demoted or evicted need.
     ``watch``: how later calls add the attention that tier 0's tokens received to their scores; None if they do not.
     ``rank``: what else than its score decides whether a token leaves; None if nothing does.
-    ``rotated``: ``"k"``, ``"v"`` or ``"kv"``: all tiers hold these multiplied by an orthogonal matrix (:mod:`rotation`).
+    ``rotated``: ``"k"``, ``"v"`` or ``"kv"``: these are multiplied by an orthogonal matrix (:mod:`rotation`).
     """
 
     tiers: tuple[TierFormat, ...]

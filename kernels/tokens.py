@@ -17,12 +17,7 @@ def _select(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _write_side(
-    side: SideBuffers,
-    fmt: SideFormat,
-    start: int,
-    x: torch.Tensor,
-    balancer: torch.Tensor | None,
-    guide: Guide | None,
+    side: SideBuffers, fmt: SideFormat, start: int, x: torch.Tensor, balancer: torch.Tensor | None, guide: Guide | None
 ) -> None:
     stop = start + x.shape[2]
     if fmt.is_float:

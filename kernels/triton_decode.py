@@ -235,9 +235,7 @@ def attend_slots(
         else:
             scores = tl.zeros([N, R], tl.float32)
             for r in tl.static_range(KEY_RANGES):
-                words = load_words(
-                    key_codes, slot, slot_ok, KEY_BITS, KEY_WIDTH, KEY_RANGE, r * KEY_RANGE, KEY_WORDS
-                )
+                words = load_words(key_codes, slot, slot_ok, KEY_BITS, KEY_WIDTH, KEY_RANGE, r * KEY_RANGE, KEY_WORDS)
                 for p in tl.static_range(KEY_PARTS):
                     where = slot // KEY_TOKENS * (KEY_DIM // KEY_CHANNELS) + p * KEY_RANGES + r
                     scales = tl.load(key_scales + where, mask=slot_ok, other=0.0).to(tl.float32)

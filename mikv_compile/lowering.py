@@ -16,7 +16,8 @@ from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
 from mikv_compile.passes.node_utils import fake, known_equal
-from mikv_compile.plan import CacheShape, LayerPlan, Planner, check_counts_no_layers
+from mikv_compile.plan import CacheShape, LayerPlan, check_counts_no_layers
+from mikv_compile.planner import Planner
 from mikv_compile.sizes import SizeReader
 
 ops = torch.ops.mikv

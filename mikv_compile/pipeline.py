@@ -17,7 +17,7 @@ from mikv_compile.passes import Analysis, Declined, RewrittenGraph, RewrittenSit
 from mikv_compile.passes.columns import NotSeparable, cut_out
 from mikv_compile.passes.node_utils import fake, is_metadata, writes_in_place
 from mikv_compile.passes.views import aliases
-from mikv_compile.plan import Planner
+from mikv_compile.planner import Planner
 from mikv_compile.preallocated import PreallocatedKV
 from mikv_compile.report import GraphReport, SiteReport, record
 from mikv_compile.runtime import CompressedGraph, SiteCall

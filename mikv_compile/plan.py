@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mikv_compile.config import Options, parse_size
+from mikv_compile.config import Options
 from mikv_compile.errors import OptionError
 from mikv_compile.kernels.formats import LayerFormat, Orders, Rank, SideFormat, TierFormat, buffer_shapes
 from mikv_compile.policies import POLICIES
@@ -28,7 +28,10 @@ PYRAMID_BETA = 20
 """In a pyramid the highest layer gets 1/20 of the mean (arXiv 2406.02069)."""
 
 SLOT_STEP = 32
-"""Capacities are multiples of this many slots, or of a tier's block."""
+"""A tier grows to a multiple of this many slots, or of its block."""
+
+FIRST_STEP = 8
+"""The same for the slots that are allocated first, when the number of tokens is known."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Tier:
         key_bits, value_bits: 16 for floating point, or 8, 4, 3, 2.
         float_name: what 16 bits stand for: ``fp`` (the model's dtype), ``bf16``, ``fp16``.
         share: part of all tokens (0 to 1), or a number of tokens (int), or None: all that no other tier takes.
+        less: tokens that are taken off the share. A budget pays with them for what is of one size at any length.
     """
 
     key_bits: int
     value_bits: int
     float_name: str
     share: float | int | None
+    less: int = 0
 
     @property
     def is_bounded(self) -> bool:
@@ -55,7 +60,8 @@ class Tier:
         """Tokens of the share at a sequence length; the whole length without one."""
         if self.share is None:
             return length
-        return min(self.share, length) if isinstance(self.share, int) else int(self.share * length + 1e-9)
+        tokens = min(self.share, length) if isinstance(self.share, int) else int(self.share * length + 1e-9)
+        return max(tokens - self.less, 0)
 
 
 def parse_tiers(text: str) -> tuple[Tier, ...]:
@@ -85,27 +91,32 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
                 "of 16, 8, 4, 3, 2 for keys and values apart, such as k4v2"
             )
         share: float | int | None = None
+        part, minus, less_text = (p.strip() for p in share_text.partition("-"))
         if colon:
             try:
-                number = float(share_text)
+                number = float(part)
             except ValueError:
                 number = -1.0
-            if "." in share_text and 0 <= number <= 1:
+            if "." in part and 0 <= number <= 1:
                 share = number
-            elif share_text.isdigit() and int(share_text) > 1:
-                share = int(share_text)
+            elif part.isdigit() and int(part) > 1 and not minus:
+                share = int(part)
             elif number in (0.0, 1.0):
                 share = number
-            else:
-                raise OptionError(f"tier {entry!r}: share {share_text!r} is neither from 0 to 1 nor a number of tokens")
+            if share is None or (minus and not less_text.isdigit()):
+                raise OptionError(
+                    f"tier {entry!r}: share {share_text!r} is neither from 0 to 1, nor such a part less some tokens "
+                    "(0.5-85), nor a number of tokens"
+                )
         elif i < len(entries) - 1:
             raise OptionError(f"tier {entry!r} needs a share, such as {name}:0.2; only the last tier may take the rest")
-        tiers.append(Tier(*bits, name if name in _FLOATS else "fp", share))
+        tiers.append(Tier(*bits, name if name in _FLOATS else "fp", share, int(less_text or 0)))
     total = sum(t.share for t in tiers if isinstance(t.share, float))
     if total > 1 + 1e-9:
         raise OptionError(f"tiers {text!r}: the shares add up to more than 1")
     if total > 1 - 1e-9:
-        tiers[-1] = replace(tiers[-1], share=None)  # nothing is beyond the shares, so nothing may be evicted
+        # Nothing is beyond the shares, so nothing may be evicted.
+        tiers[-1] = replace(tiers[-1], share=None, less=0)
     return tuple(tiers)
 
 
@@ -198,6 +209,8 @@ class LayerPlan:
     sinks: int
     recent_share: float
     flush_every: int
+    slot_bytes: tuple[float, ...] = ()
+    """Bytes of a token in each tier, per KV head."""
 
     def __deepcopy__(self, memo: object) -> LayerPlan:
         # Dynamo copies a handle's metadata into its guards; sharing keeps their comparison an identity check.
@@ -233,13 +246,23 @@ class LayerPlan:
         """Where a prompt's tokens go; ``tokens`` are there of the ``length`` (all by default)."""
         tokens = length if tokens is None else tokens
         left = tokens - min(self.high_target(length), tokens)
-        counts = [tokens - left]
-        for tier, fmt in zip(self.tiers[1:], self.format.tiers[1:], strict=True):
-            take = min(tier.quota(length), left) // fmt.block * fmt.block
+        # What tier 0 holds beyond the tokens that may not leave it.
+        room = tokens - left - min(self.sinks + length - self.recent_from(length), tokens)
+        counts, spare = [tokens - left], 0.0
+        for i, (tier, fmt) in enumerate(zip(self.tiers[1:], self.format.tiers[1:], strict=True), 1):
+            due = min(tier.quota(length), left)
+            take = due // fmt.block * fmt.block
+            if tier.share is None and self.tiers[0].less and take + fmt.block <= due + room:
+                take = -(-due // fmt.block) * fmt.block  # a budget leaves no rest in tier 0 that has a place below
             counts.append(take)
             left -= take
+            spare += max(due - take, 0) * self.slot_bytes[i] / self.slot_bytes[0]
         if not self.evicts:
-            counts[0] += left  # what does not fill a block waits in tier 0
+            counts[0] += left  # what does not fill a block waits in tier 0, or what fills one comes from it
+        elif spare:
+            # Tokens that do not fill a block leave their bytes to tier 0, in whole steps of its capacity.
+            held = counts[0] + min(int(spare), left)
+            counts[0] = max(counts[0], held // FIRST_STEP * FIRST_STEP)
         moves = (0,) * (len(counts) - 1)
         return Orders(0, self.sinks, self.recent_from(length), tuple(counts), 0, moves)
 
@@ -272,7 +295,7 @@ class LayerPlan:
             if count <= have:
                 slots.append(have)
                 continue
-            step = max(fmt.block, SLOT_STEP)
+            step = max(fmt.block, FIRST_STEP if old is None else SLOT_STEP)
             room = count if old is None else max(count, have + have // GROWTH)
             slots.append(-(-room // step) * step)
         return tuple(slots)
@@ -282,53 +305,6 @@ class LayerPlan:
         slots = self.capacities(self.fill(length).counts)
         shapes = buffer_shapes(self.format, batch, kv_heads, key_dim, value_dim, slots, dtype)
         return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
-
-
-@dataclass(frozen=True)
-class Planner:
-    """Makes the plan of each layer from the options. Raises OptionError for options that cannot work on any model."""
-
-    options: Options
-
-    def __post_init__(self) -> None:
-        for tiers in (parse_tiers(self.options.resolved("tiers", "fp")), *parse_layers(self.options.layers).values()):
-            _make(self.options, tiers, 64, 64)
-
-    def layer(self, index: int, site: CacheShape, sliding: bool = False) -> LayerPlan:
-        """The plan of layer ``index`` (in graph order).
-
-        Args:
-            index, site: which layer, and its sizes.
-            sliding: the layer drops its oldest tokens. It then keeps them first in, first out
-                (:attr:`LayerPlan.is_fifo`): the first and the last tier of the plan, policy ``recent``, no sinks, and
-                nothing is evicted, as the window bounds the cache anyway.
-
-        Raises:
-            ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
-        """
-        tiers = parse_layers(self.options.layers).get(index)
-        budget = self.options.budget
-        if tiers is None and budget is not None:
-            choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction
-            tiers = choose(self.options, site)
-        options = self.options
-        if sliding:
-            tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
-            tiers = (*tiers[:1], *tiers[1:][-1:])
-            tiers = (*tiers[:-1], replace(tiers[-1], share=None))
-            options = options.replace(policy="recent", sinks=0, heads=None, value_norm=None)
-        elif index not in parse_layers(options.layers):
-            tiers = tiers or parse_tiers(options.resolved("tiers", "fp"))
-            if options.resolved("layer_budget", "uniform") == "pyramid":
-                if isinstance(budget, str):
-                    # Capacities are rounded up in each layer: a block less per layer pays for that.
-                    block = max(tier.block for tier in _make(options, tiers, site.key_dim, site.value_dim).format.tiers)
-                    tiers = tuple(
-                        replace(t, share=max(t.share - block, 0)) if isinstance(t.share, int) else t for t in tiers
-                    )
-                tiers = pyramid(tiers, index, site.layers)
-        assert tiers is not None
-        return _make(options, tiers, site.key_dim, site.value_dim)
 
 
 @dataclass(frozen=True)
@@ -347,75 +323,15 @@ class CacheShape:
         return self.batch * self.kv_heads * length * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-BUDGET_LENGTH = 4096
-"""Sequence length at which a fractional budget is measured; window and sinks weigh more in shorter ones."""
+def make(
+    options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> LayerPlan:
+    """The plan of a layer with these tiers.
 
-# Best first; {:.3f} is the part that is searched for the largest value that fits. The last ones evict.
-_LADDER = (
-    ("fp:{:.3f},int8", 0.0, 1.0),
-    ("int8:{:.3f},int4", 0.02, 1.0),
-    ("int8:{:.3f},k4v2", 0.02, 1.0),
-    ("int8:0.050,k4v2:{:.3f}", 0.15, 0.95),
-    ("int8:0.02,k4v2:{:.3f}", 0.02, 0.98),
-)
-
-
-def _tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
-    """The best tiers of the ladder whose bytes stay within ``budget`` times the dense bytes."""
-    assert isinstance(options.budget, int | float)
-    if options.budget >= 1:
-        return parse_tiers("fp")
-    limit = options.budget * site.dense_nbytes(BUDGET_LENGTH)
-
-    def size(tiers: tuple[Tier, ...]) -> int:
-        plan = _make(options, tiers, site.key_dim, site.value_dim)
-        return plan.nbytes(BUDGET_LENGTH, site.batch, site.kv_heads, site.key_dim, site.value_dim, site.dtype)
-
-    for pattern, low, high in _LADDER:
-        if size(parse_tiers(pattern.format(low))) > limit:
-            continue
-        for _ in range(10):
-            middle = (low + high) / 2
-            low, high = (middle, high) if size(parse_tiers(pattern.format(middle))) <= limit else (low, middle)
-        return parse_tiers(pattern.format(math.floor(low * 1000) / 1000))
-    least = size(parse_tiers(_LADDER[-1][0].format(_LADDER[-1][1]))) / site.dense_nbytes(BUDGET_LENGTH)
-    raise OptionError(
-        f"budget={options.budget} is below the least that window={options.resolved('window', 64)} and "
-        f"sinks={options.resolved('sinks', 4)} allow here, {least:.3f}; raise it, or lower those"
-    )
-
-
-def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
-    """Tiers of fixed token counts whose bytes never exceed this layer's part of the budget; the rest is evicted."""
-    assert isinstance(options.budget, str)
-    limit = parse_size(options.budget) / site.layers
-
-    def size(tokens: int) -> int:
-        plan = _make(options, parse_tiers(f"int8:0.0,k4v2:{tokens}"), site.key_dim, site.value_dim)
-        # Up to one flush and one block of tokens wait in the high tier, and the low tier grows in chunks.
-        full = plan.fill(10**9)
-        waiting = plan.flush_every + plan.format.tiers[1].block
-        slots = plan.capacities((full.counts[0] + waiting, full.counts[1] + full.counts[1] // GROWTH))
-        shapes = buffer_shapes(plan.format, site.batch, site.kv_heads, site.key_dim, site.value_dim, slots, site.dtype)
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
-
-    least = 2
-    if size(least) > limit:
-        raise OptionError(
-            f"budget={options.budget!r} is too small: the window and sinks of {site.layers} layers alone take "
-            f"{size(least) * site.layers} bytes; raise it, or lower window and sinks"
-        )
-    most = least
-    while size(most * 2) <= limit and most < 2**31:
-        most *= 2
-    low, high = most, most * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= limit else (low, middle)
-    return parse_tiers(f"int8:0.0,k4v2:{low}")
-
-
-def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> LayerPlan:
+    Raises:
+        OptionError: for options that cannot work on any model.
+        ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
+    """
     names = options.quantizers
     key_quantizer, value_quantizer = (QUANTIZERS[name] for name in names)
     formats = []
@@ -432,8 +348,8 @@ def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: in
     flush = options.resolved("flush_every", max(block, 64))
     if flush % block:
         raise OptionError(
-            f"flush_every={flush} does not go with quantizer {' and '.join(dict.fromkeys(map(repr, names)))}, which fills "
-            f"blocks of {block} tokens; use a multiple of {block}, or quantizer='mikv'"
+            f"flush_every={flush} does not go with quantizer {' and '.join(dict.fromkeys(map(repr, names)))}, which "
+            f"fills blocks of {block} tokens; use a multiple of {block}, or quantizer='mikv'"
         )
     rotated = ""
     for letter, quantizer, coded in (
@@ -465,4 +381,19 @@ def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: in
         sinks=options.resolved("sinks", 4),
         recent_share=options.resolved("recent_share", policy.recent_share),
         flush_every=flush,
+        slot_bytes=tuple(
+            _slot_bytes(f, key_dim, value_dim, dtype.itemsize) + (4 if movable and i == 0 else 0)
+            for i, f in enumerate(formats)
+        ),
     )
+
+
+def _slot_bytes(fmt: TierFormat, key_dim: int, value_dim: int, itemsize: int = 2) -> float:
+    """Bytes of a token in a tier, per KV head, its position included; ``itemsize`` is that of the model's dtype."""
+    total = 4.0
+    for side, dim in ((fmt.key, key_dim), (fmt.value, value_dim)):
+        if side.is_float:
+            total += dim * (itemsize if side.float_name == "fp" else 2)
+        else:
+            total += dim * side.bits / 8 + 4 * dim / side.channels / side.tokens
+    return total

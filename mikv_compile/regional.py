@@ -25,7 +25,8 @@ from mikv_compile import _compat, backend
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
 from mikv_compile.lowering import Region
-from mikv_compile.plan import Planner, check_counts_no_layers, parse_layers
+from mikv_compile.plan import check_counts_no_layers, parse_layers
+from mikv_compile.planner import Planner
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from mikv_compile.errors import EvictedTokensError, MikvError, UnusableCacheErro
 from mikv_compile.kernels.dispatch import run
 from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, StoreBuffers, TierBuffers, buffer_shapes
 from mikv_compile.kernels.ranking import unobserved
+from mikv_compile.kernels.rotation import as_given
 from mikv_compile.kernels.store_ops import append, compress
 from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 
@@ -474,12 +475,14 @@ class LayerStore:
         dim = s.key_dim if role == "key" else s.value_dim
         dense = torch.empty(s.batch, s.kv_heads, self.length, dim, dtype=s.dtype, device=self.device)
         for i in range(len(self.counts)):
-            k, v, positions = self._read_tier(i)
+            *stored, positions = self._read_tier(i)
+            k, v = as_given(self.plan.format, *stored)
             part = (k if role == "key" else v).to(s.dtype)
             dense.scatter_(2, positions[..., None].expand_as(part), part)
         return dense
 
     def _read_tier(self, i: int, index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values as they are stored, maybe rotated, and their positions."""
         stored, fmt, s = self.typed(), self.plan.format, self.site
         tier = stored.tiers[i]
         if index is None:

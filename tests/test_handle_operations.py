@@ -28,7 +28,8 @@ from hypothesis.stateful import (
 import mikv_compile.store as store_module
 from mikv_compile import KVTensor
 from mikv_compile.config import Options
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.preallocated import make_preallocated
 from mikv_compile.store import LayerStore, to_layout
 

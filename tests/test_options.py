@@ -5,7 +5,8 @@ import torch
 
 from mikv_compile import OptionError, Options
 from mikv_compile.config import PRESETS
-from mikv_compile.plan import BUDGET_LENGTH, CacheShape, Planner, parse_tiers
+from mikv_compile.plan import CacheShape, parse_tiers
+from mikv_compile.planner import BUDGET_LENGTH, Planner
 
 SHAPE = CacheShape(1, 3, 64, 64, torch.float16, layers=4)
 
@@ -91,7 +92,7 @@ def test_layers_take_other_tiers():
     assert [str(planner.layer(i, SHAPE).format.tiers[0]) for i in range(4)] == [
         "fp,fp", "fp,fp", "8:t1c64,8:t1c64", "8:t1c64,8:t1c64",
     ]  # fmt: skip
-    assert str(planner.layer(3, SHAPE).format.tiers[1].value) == "4:t1c64"
+    assert str(planner.layer(3, SHAPE).format.tiers[1].value) == "4:t1c64~unbiased"
     assert len(planner.layer(0, SHAPE).tiers) == 1
 
 

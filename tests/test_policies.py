@@ -16,7 +16,8 @@ from mikv_compile.config import parse_size
 from mikv_compile.kernels import attention, dispatch, ranking, scoring
 from mikv_compile.kernels.formats import LayerFormat, Rank, Watch, buffer_shapes
 from mikv_compile.kernels.scoring import AttentionArgs
-from mikv_compile.plan import GROWTH, CacheShape, Planner, pyramid
+from mikv_compile.plan import GROWTH, CacheShape, pyramid
+from mikv_compile.planner import Planner
 from mikv_compile.policies import POLICIES, Policy, register
 from tests import tiny_models
 from tests.decoder import Decoder, inputs
@@ -239,7 +240,8 @@ def test_formats_as_text():
 
 
 def test_the_default_preset_stays_on_the_plain_path():
-    assert str(Planner(Options()).layer(0, CacheShape(1, 2, 64, 64, torch.float16)).format).endswith("+watch:r32p7n2")
+    text = str(Planner(Options()).layer(0, CacheShape(1, 2, 64, 64, torch.float16)).format)
+    assert text.endswith("+watch:r32p7n2+rotate:v")
     assert planned(policy="snapkv").format.rank is None and planned(policy="snapkv").format.watch.is_plain
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from mikv_compile import EvictedTokensError, KVTensor, MikvError, graph_reports
 from mikv_compile.config import Options
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.preallocated import PreallocatedKV, make_preallocated, take_over
 from mikv_compile.store import LayerStore, shape_in
 

@@ -11,7 +11,8 @@ import mikv_compile
 from mikv_compile import EvictedTokensError, KVTensor, MikvError, UnusableCacheError, cache_report
 from mikv_compile.config import Options
 from mikv_compile.kernels import dispatch
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
 
 PLANS = {

@@ -174,7 +174,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         mikv_compile.OptionError: for those.
     """
     from mikv_compile import Options
-    from mikv_compile.plan import Planner
+    from mikv_compile.planner import Planner
 
     Planner(Options.parse(options))
 

@@ -2,7 +2,8 @@
 
 Key outliers sit in fixed channels, so a scale per channel costs one channel its precision instead of all. Tokens of a
 block need not be neighbours: after rotary embedding attention does not care about order, so blocks are filled in
-demotion order. Tier 0 takes tokens one at a time and therefore has scales per token.
+demotion order. Tier 0 takes tokens one at a time and therefore has scales per token. So do 8-bit keys: with 256 levels
+an outlier does no harm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GROUP = 64
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the keys."""
-    return SideFormat(bits, 1, dim) if entry else SideFormat(bits, BLOCK, 1)
+    return SideFormat(bits, 1, dim) if entry or bits == 8 else SideFormat(bits, BLOCK, 1)
 
 
 def value(bits: int, dim: int, entry: bool) -> SideFormat:

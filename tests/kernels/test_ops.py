@@ -13,7 +13,8 @@ import mikv_compile.policies  # noqa: F401  (registers the scorers)
 from mikv_compile.kernels import store_ops
 from mikv_compile.kernels.dispatch import use
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, buffer_shapes
-from mikv_compile.plan import CacheShape, Planner
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
 
 B, H_Q, H_KV, D, T = 2, 4, 2, 16, 70
