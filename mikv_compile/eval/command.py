@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mikv_compile.errors import MikvError
-from mikv_compile.eval import models, results, runner, suites, tables, texts
+from mikv_compile.eval import aggregate, models, plots, results, runner, suites, tables, texts
 from mikv_compile.eval.methods import DenseMethod
 from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.runner import Plan, Summary
@@ -82,12 +82,15 @@ def sweep(
             names = ", ".join(m.name for m in asked.methods)
             raise suites.SuiteError(f"no method of suite {suite} has {only!r} in its name; there are {names}")
         if report:
-            summary = Summary(results=list(results.read_all(out)))
+            summary = Summary(results=list(results.read_all(out)), read_only=True)
             if not summary.results:
                 raise suites.SuiteError(f"there are no results below {out}")
         else:
-            read = tuple(texts.load(name, text_dir) for name in asked.texts)
-            plan = make_plan(model, methods, asked.tasks, read, out, dtype, device, fresh)
+            by_name = {name: texts.load(name, text_dir) for name in asked.texts}
+            plan = replace(
+                make_plan(model, methods, asked.tasks, tuple(by_name.values()), out, dtype, device, fresh),
+                texts_of={task: tuple(by_name[name].name for name in few) for task, few in asked.texts_of.items()},
+            )
             summary = runner.run(plan, quiet=as_json)
     except MISTAKES as error:
         print(error, file=sys.stderr)
@@ -100,13 +103,13 @@ def sweep(
 
 
 def write_report(out: Path) -> list[Path]:
-    """Tables (and later plots) of all results below a folder; returns the files."""
+    """Tables and pictures of all results below a folder; returns the files."""
     found = list(results.read_all(out))
     if not found:
         return []
     path = out / "results.md"
     path.write_text(tables.markdown(found), encoding="utf-8")
-    return [path]
+    return [path, *plots.draw_all(found, out)]
 
 
 def make_plan(
@@ -163,9 +166,10 @@ def show(summary: Summary, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for task in dict.fromkeys(result.key.task for result in summary.results):
-        headings, lines = tables.rows(summary.results, task)
-        table = Table(title=task)
+    made = aggregate.groups(summary.results)
+    for group in made:
+        headings, lines = tables.rows(group)
+        table = Table(title=tables.title(group, made))
         for i, heading in enumerate(headings):
             table.add_column(heading, justify="right" if i else "left")
         for line in lines:
