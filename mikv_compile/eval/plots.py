@@ -44,7 +44,7 @@ class Point:
     @property
     def series(self) -> str:
         """Methods whose names differ in their last number only are one line: ``evict 0.5`` and ``evict 0.25``."""
-        return re.sub(r"[\s=:]*-?\d+(\.\d+)?\s*%?$", "", self.method) or self.method
+        return re.sub(r"[\s=:]+-?\d+(\.\d+)?\s*%?$", "", self.method) or self.method
 
 
 def draw_all(found: Sequence[Result], out: Path) -> list[Path]:
@@ -121,10 +121,10 @@ def pareto(tasks: dict[str, Group], model: str) -> Any:
             marked.append((name, line, colour, ours))
         figure.canvas.draw()
         texts = [labels.Label(name, [(p.x, p.y) for p in line], colour, ours) for name, line, colour, ours in marked]
-        if not log and dense is not None:
-            left = axis.get_xlim()[0]
-            texts.append(labels.Label(f"dense {dense:.0%}", [(left * 1.04, dense)], "#424242"))
-            texts.append(labels.Label("chance 10%", [(left * 1.04, 0.1)], "#9e9e9e"))
+        if not log:
+            _level(axis, 0.1, "chance 10%", "#9e9e9e")
+            if dense is not None:
+                _level(axis, dense, f"dense {dense:.0%}", "#424242")
         labels.place(axis, texts, [(p.x, p.y) for p in shown], [[(p.x, p.y) for p in ln] for _, ln, _, _ in marked])
         axis.grid(True, which="major", color="#eeeeee", zorder=0)
     _legend(figure, [f for f in families if f != "dense"], families)
@@ -211,7 +211,7 @@ def tokens_precision(tasks: dict[str, Group], model: str) -> Any:
     policies = list(dict.fromkeys(policy for _, lines in panels for policy, _ in lines))
     budgets = sorted({budget for _, lines in panels for _, budget in lines}, reverse=True)
     figure, axes = _figure(len(policies), len(panels), (5.6 * len(panels), 0.9 + 2.9 * len(policies)))
-    shades = ["#880e4f", "#c2185b", "#f06292", "#f8bbd0"] if len(budgets) <= 4 else None
+    shades = ["#880e4f", "#c2185b", "#f06292", "#f4a3c0"] if len(budgets) <= 4 else None
     for i, axis in enumerate(axes):
         policy, (metric, lines) = policies[i // len(panels)], panels[i % len(panels)]
         ends = []
@@ -270,7 +270,7 @@ def _token_lines(group: Group, metric: str) -> dict[tuple[str, float], list[tupl
         if y is None or tags is None:
             continue
         tokens, bits, policy = tags
-        budget = round(tokens * bits / 16, 4)
+        budget = round(tokens * bits / 16, 6)
         if tokens == 1:
             every.append((budget, (bits, y)))
         else:
@@ -310,27 +310,47 @@ def _along(group: Group | None, metric: str, chunk: str, title: str, label: str,
     step, total = group.settings.get(chunk, 1), group.settings.get("tokens", 0)
     figure, (axis,) = _figure(1, 1, (8.6, 5.4))
     families = [group.family(name) for name in lines]
+    named = _worth_a_name(group, lines)
     drawn, ends = [], []
     for name, ys in lines.items():
         xs = [min((i + 1) * step, total or (i + 1) * step) for i in range(len(ys))]
         colour, _ = style(group.family(name), families)
         ours = group.family(name) == OURS
-        axis.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1, alpha=1 if ours else 0.75, zorder=3 if ours else 2)
+        axis.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1, zorder=3 if ours else 2,
+                  alpha=1 if ours else 0.85 if name in named else 0.25)  # fmt: skip
         drawn.append(list(zip(xs, ys, strict=True)))
-        ends.append(labels.Label(name, [drawn[-1][-1]], colour, ours))
+        if name in named:
+            ends.append(labels.Label(name, [drawn[-1][-1]], colour, ours))
     if log:
         axis.set_yscale("log")
     else:
         axis.set_ylim(-0.02, 1.03)
         axis.yaxis.set_major_formatter(_percent())
-    axis.set_xlim(0, max(x for line in drawn for x, _ in line) * 1.35)
-    axis.set_xlabel("tokens after the context")
+    last = max(x for line in drawn for x, _ in line)
+    axis.set_xlim(0, last * 1.35)
+    axis.set_xticks([x for x in axis.get_xticks() if x <= last * 1.02])
+    few = "" if len(named) == len(lines) else "; pale: other methods of the families"
+    axis.set_xlabel("tokens after the context" + few)
     axis.set_ylabel(label)
     axis.grid(True, color="#eeeeee")
     axis.set_title(title, fontsize=10, loc="left")
     figure.canvas.draw()
     labels.stack(axis, ends)
     return figure
+
+
+def _worth_a_name(group: Group, lines: dict[str, list[float]], most: int = 12) -> set[str]:
+    """Ours, and of every other family the least and the greatest, if there are too many for all."""
+    if len(lines) <= most:
+        return set(lines)
+    by_family: dict[str, list[str]] = defaultdict(list)
+    for name in lines:
+        by_family[group.family(name)].append(name)
+    chosen = set(by_family.pop(OURS, []))
+    for names in by_family.values():
+        ordered = sorted(names, key=lambda name: sum(lines[name]))
+        chosen |= {ordered[0], ordered[-1]}
+    return chosen
 
 
 PICTURES: dict[str, Callable[[dict[str, Group], str], Any]] = {
@@ -374,6 +394,12 @@ def _bytes_axis(axis: Any, shown: Sequence[Point]) -> None:
     ticks = [t for t in (0.01, 0.02, 0.03, 0.06, 0.125, 0.25, 0.5, 1) if low / 1.5 <= t <= max(high * 1.3, low * 3)]
     axis.set_xticks(ticks, [f"{t:.3g}" if t < 0 else f"{100 * t:.3g}%" for t in ticks])
     axis.minorticks_off()
+
+
+def _level(axis: Any, y: float, text: str, colour: str) -> None:
+    """Names a level line at its left end, above it."""
+    axis.annotate(text, (0, y), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points", color=colour,
+                  fontsize=7.5, va="bottom")  # fmt: skip
 
 
 def _series(shown: Sequence[Point]) -> dict[str, list[Point]]:
