@@ -1,7 +1,7 @@
 """kvpress' presses as methods of the evaluation, alone and with quanto's int4 for what they keep.
 
-A press drops its part of the prompt's tokens, in every layer and head; what is read afterwards is kept, all of it, in the
-model's dtype. So bytes are those of the prompt's cache. A press that needs attention weights reads the prompt with
+A press drops its part of the prompt's tokens, in every layer and head; what is read afterwards is kept, all of it, in
+the model's dtype. So bytes are those of the prompt's cache. A press that needs attention weights reads the prompt with
 transformers' eager attention. With quanto, the cache is quantized, scored as dequantized, pruned and quantized again,
 which is what kvpress itself does with a ``QuantizedCache``.
 """

@@ -35,7 +35,7 @@ class QuantizedSession(Session):
         return QuantizedCache(config=self.model.config, **self._arguments)
 
     def fork(self, cache: Any) -> Any:
-        """A copy that shares tensors: layers replace theirs and never write into them (and quanto's cannot be copied)."""
+        """A copy that shares tensors: layers replace theirs and never write into them."""
         branch = copy.copy(cache)
         branch.layers = [copy.copy(layer) for layer in cache.layers]
         return branch
@@ -63,7 +63,9 @@ class Quantized:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", self.backend if self.backend == "fp8" else f"{self.backend} int{self.bits}")
+            object.__setattr__(
+                self, "name", self.backend if self.backend == "fp8" else f"{self.backend} int{self.bits}"
+            )
         object.__setattr__(self, "settings", {"backend": self.backend, **self.arguments})
 
     @property

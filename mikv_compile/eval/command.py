@@ -50,7 +50,7 @@ def evaluate(
         chosen |= {} if budget is None else {"budget": number_or_text(budget)}
         suites.check_options(chosen)
         measured = make_tasks(tasks, settings)
-        read = tuple(texts.load(name, text_dir) for name in split(names))
+        read = tuple(text for name in split(names) for text in texts.load_all(name, text_dir))
         plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
         summary = runner.run(plan, quiet=as_json)
     except MISTAKES as error:
@@ -86,10 +86,14 @@ def sweep(
             if not summary.results:
                 raise suites.SuiteError(f"there are no results below {out}")
         else:
-            by_name = {name: texts.load(name, text_dir) for name in asked.texts}
+            by_name = {name: texts.load_all(name, text_dir) for name in asked.texts}
+            read = tuple(text for several in by_name.values() for text in several)
             plan = replace(
-                make_plan(model, methods, asked.tasks, tuple(by_name.values()), out, dtype, device, fresh),
-                texts_of={task: tuple(by_name[name].name for name in few) for task, few in asked.texts_of.items()},
+                make_plan(model, methods, asked.tasks, read, out, dtype, device, fresh),
+                texts_of={
+                    task: tuple(text.name for name in few for text in by_name[name])
+                    for task, few in asked.texts_of.items()
+                },
             )
             summary = runner.run(plan, quiet=as_json)
     except MISTAKES as error:
@@ -127,6 +131,8 @@ def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
     chosen: dict[str, dict[str, Any]] = {name: {} for name in split(names)}
     for setting in settings:
         key, value = parse_option(setting)
+        if isinstance(value, str) and "," in value:
+            value = tuple(number_or_text(part) for part in split(value))
         task, _, field = key.partition(".")
         if task not in chosen or not field:
             raise TaskError(f"--set {setting}: expected TASK.NAME=VALUE with a task of {', '.join(chosen)}")

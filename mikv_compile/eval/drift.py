@@ -18,8 +18,8 @@ from mikv_compile.eval.tasks import Advance, Tensors
 class Drift:
     """Both models read a context and go on by themselves.
 
-    A method reads the context once, makes ``tokens`` calls of one token, and as many tokens again ``chunk`` a call. Once
-    two runs have differed they write different texts, so agreement falls to what two texts have in common by chance.
+    A method reads the context once, makes ``tokens`` calls of one token, and as many tokens again ``chunk`` a call.
+    Once two runs have differed they write different texts, so agreement falls to what two texts have in common by chance.
 
     Attributes:
         context: tokens whose cache is compressed.
@@ -61,7 +61,7 @@ class DriftExercise:
         return 2 + len(self._spans())
 
     def reference(self, session: Session) -> dict[str, torch.Tensor]:
-        """The dense model's ``tokens`` [tokens], and ``log_probs`` [tokens - 1, vocabulary] of those after the first."""
+        """The dense model's ``tokens`` [tokens], and ``log_probs`` [tokens - 1, vocabulary] of all but the first."""
         cache, logits = session.prefill(torch.tensor([self.ids]))
         written = greedy(session, session.fork(cache), logits, self.task.tokens)
         parts = [

@@ -29,8 +29,8 @@ class External:
     """The context is read and its cache compressed; then the question is read, and answered twice.
 
     Once with the first right answer fed in, which tells tokens that the model would have chosen (``accuracy``, and
-    ``exact`` where all are), and once by greedy decoding, which gives LongBench's F1 and the share of right answers that
-    were written (``contains``, RULER's).
+    ``exact`` where all are), and once by greedy decoding, which gives LongBench's F1 and the share of right answers
+    that were written (``contains``, RULER's).
 
     Attributes:
         limit: how many lines are read.
@@ -52,7 +52,7 @@ class External:
     def prepare(self, tokenizer: Any, text: texts.Text) -> ExternalExercise:
         """The first lines of the file."""
         frame = prompts.Frame.of(tokenizer)
-        items = []
+        items: list[Item] = []
         for number, line in enumerate(text.content[text.start :].splitlines(), 1):
             if not line.strip():
                 continue

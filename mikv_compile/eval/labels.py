@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 XY = tuple[float, float]
@@ -30,7 +31,7 @@ def place(axis: Any, labels: Sequence[Label], points: Sequence[XY], lines: Seque
     A label that is not right beside its point gets a thin line to it.
     """
     inside = _box_of(axis)
-    marks = [_around(*axis.transData.transform(point), MARK) for point in points]
+    marks = [_around(axis.transData.transform(point), MARK) for point in points]
     strokes = [box for line in lines for box in _stroke(axis, line)]
     taken: list[Box] = []
     for label in sorted(labels, key=lambda one: (not one.bold, len(one.near))):
@@ -68,7 +69,7 @@ def stack(axis: Any, labels: Sequence[Label]) -> None:
     order = sorted(range(len(labels)), key=lambda i: ends[i][1])
     middles = {i: ends[i][1] for i in order}
     for _ in range(200):  # push neighbours apart; the frame pushes back
-        for low, high in zip(order, order[1:], strict=False):
+        for low, high in pairwise(order):
             lack = gap - (middles[high] - middles[low])
             if lack > 0:
                 middles[low] -= lack / 2
@@ -114,7 +115,8 @@ def _box_of(axis: Any) -> Box:
     return extent.x0, extent.y0, extent.x1, extent.y1
 
 
-def _around(x: float, y: float, half: float) -> Box:
+def _around(middle: XY, half: float) -> Box:
+    x, y = middle
     return x - half, y - half, x + half, y + half
 
 
@@ -122,9 +124,9 @@ def _stroke(axis: Any, line: Sequence[XY]) -> list[Box]:
     """Small boxes along a line."""
     at = [axis.transData.transform(point) for point in line]
     boxes = []
-    for (x0, y0), (x1, y1) in zip(at, at[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(at):
         count = int(max(abs(x1 - x0), abs(y1 - y0)) / 6) + 1
-        boxes += [_around(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count, 2) for i in range(count + 1)]
+        boxes += [_around((x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count), 2) for i in range(count + 1)]
     return boxes
 
 

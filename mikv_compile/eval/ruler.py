@@ -106,8 +106,8 @@ class Ruler:
             for chain, value in zip(chains, values, strict=True):
                 lines.append(f"VAR {chain[i]} = {value if i == 0 else 'VAR ' + chain[i - 1]}")
         return (
-            "Below is a text in which variables get values, some of them from other variables. Remember which variables "
-            "have which value.",
+            "Below is a text in which variables get values, some of them from other variables. Remember which "
+            "variables have which value.",
             lines,
             [
                 (f"\n\nThe variables with the value {value} are: VAR", " " + ", VAR ".join(chain))

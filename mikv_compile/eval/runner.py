@@ -143,7 +143,7 @@ class _Runner:
         try:
             with torch.no_grad(), method.open(model) as session:
                 for at, (key, exercise) in enumerate(ready):  # noqa: B007  (needed when something raises)
-                    reference = references.get(key.task, key.task_settings, exercise.digest, dict)
+                    reference = references.get(key.task, key.task_settings, exercise.digest)
                     self._one(key, exercise, session, reference, started)
                     started = time.perf_counter()
                 at = len(ready)
@@ -163,7 +163,7 @@ class _Runner:
         return self._loaded
 
     def _prepared(self, key: Key, task: Task, text: Text) -> Exercise | None:
-        """The input, and the dense run's reference on disk or in memory; None if there cannot be one."""
+        """The input, with the dense run's reference on disk; None if there cannot be one."""
         tokenizer, model, references = self._model()
         try:
             if (task, text.name) not in self._exercises:
@@ -176,7 +176,7 @@ class _Runner:
                     return exercise.reference(session)
 
             if task.needs_reference:
-                references.get(task.name, settings_of(task), exercise.digest, dense)
+                references.ensure(task.name, settings_of(task), exercise.digest, dense)
         except Exception as error:
             self._record_failure(key, error, 0.0)
             return None

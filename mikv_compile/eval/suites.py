@@ -17,6 +17,7 @@ options = { budget = 0.125 }
 family = "eviction"
 options = { policy = "snapkv" }
 grid = { tiers = ["fp16:0.5", "fp16:0.25"] }   # one method for each combination
+tags = { policy = "snapkv" }  # for pictures: policy, tokens, bits; see mikv_compile.eval.plots.tags_of
 
 [tasks.retrieval]
 texts = ["jargon@400000"]     # only these, of the suite's or others
@@ -47,7 +48,7 @@ from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.tasks import Task, make
 
 _TOP = ("about", "texts", "tasks", "methods")
-_METHOD = ("kind", "name", "family", "options", "arguments", "factory", "grid", "regional")
+_METHOD = ("kind", "name", "family", "options", "arguments", "factory", "grid", "regional", "tags")
 _KINDS = ("mikv", "dense")
 
 
@@ -176,7 +177,7 @@ def _method(
 ) -> Method:
     given = {key: entry[key] for key in ("family",) if key in entry} | ({"name": name} if name else {})
     if "factory" in entry:
-        if misplaced := {"kind", "options", "regional"} & set(entry):
+        if misplaced := {"kind", "options", "regional", "tags"} & set(entry):
             raise SuiteError(f"{sorted(misplaced)} do not go with factory; give arguments")
         module, _, attribute = entry["factory"].partition(":")
         # Not before the method is opened: what it needs may be missing here, where its results are only read.
@@ -195,7 +196,7 @@ def _method(
         return DenseMethod(**given)
     options = {**extra, **entry.get("options", {}), **point}
     check_options(options)
-    return MikvMethod(options, regional=entry.get("regional"), **given)
+    return MikvMethod(options, regional=entry.get("regional"), tags=entry.get("tags", {}), **given)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
