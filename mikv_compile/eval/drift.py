@@ -19,7 +19,7 @@ class Drift:
     """Both models read a context and go on by themselves.
 
     A method reads the context once, makes ``tokens`` calls of one token, and as many tokens again ``chunk`` a call.
-    Once two runs have differed they write different texts, so agreement falls to what two texts have in common by chance.
+    Once two runs have differed they write different texts, so agreement falls to that of unrelated texts.
 
     Attributes:
         context: tokens whose cache is compressed.
