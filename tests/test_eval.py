@@ -519,7 +519,7 @@ def test_commands(tmp_path, monkeypatch):
     assert swept.exit_code == 1 and "1 skipped" in swept.output and "1 failed" in swept.output
     assert "| mikv budget=0.5 |" in (tmp_path / "out" / "results.md").read_text()
     said = mikv("sweep", tmp_path / "s.toml", "--report")
-    assert said.exit_code == 0 and "4 results" in said.output and "measured" not in said.output
+    assert said.exit_code == 0 and "3 results" in said.output and "measured" not in said.output
     assert "positions.png" in said.output and (tmp_path / "out" / "positions.png").is_file()
     assert mikv("sweep", tmp_path / "s.toml", "--only", "none").exit_code == 2
 

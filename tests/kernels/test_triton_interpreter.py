@@ -253,18 +253,8 @@ def test_attend(case):
 SPLITS = [
     # Tiers of one slot, an empty one, blocks, and tiles that are full or not; three tiers and own tokens.
     ("8:t1c64,8:t1c64|4:t64c1,2:t1c32|2:t64c1b,2:t1c64", [1, 128, 64], 2, 64, 64, 4, torch.float16, None, 2, 0.0),
-    (
-        "8:t1c64,8:t1c64|4:t64c1,2:t1c32|2:t64c1b,2:t1c64",
-        [65, 0, 64],
-        1,
-        64,
-        64,
-        1,
-        torch.float32,
-        ("inf", 0, 1, 1),
-        3,
-        0.0,
-    ),
+    ("8:t1c64,8:t1c64|4:t64c1,2:t1c32|2:t64c1b,2:t1c64", [65, 0, 64], 1, 64, 64, 1, torch.float32, ("inf", 0, 1, 1), 3,
+     0.0),
     ("fp,fp|2:t1c32b,2:t1c32", [0, 129], 0, 64, 64, 2, torch.bfloat16, ("bool", 1, 1, 0), 1, 0.0),
     # 3-bit codes in groups of planes, of half a plane and of single channels.
     ("3:t1c128,3:t1c32|3:t64c1,3:t1c64", [64, 64], 1, 128, 128, 3, torch.float16, None, 1, 0.0),
