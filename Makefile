@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench peers lint clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python examples/smollm2_demo.py $(ARGS)
@@ -16,12 +16,16 @@ test: $(STAMPS)/dev
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks all $(ARGS)
 
+# Environments of their own for what the evaluation compares with: .venv-peers and .venv-kvpress.
+peers:
+	PYTHON="$(PYTHON)" benchmarks/peers/setup.sh
+
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy mikv_compile
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-kvpress build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'

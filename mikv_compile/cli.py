@@ -96,7 +96,7 @@ def _eval_command(typer: Any) -> Callable[..., None]:
 
 def _sweep_command(typer: Any) -> Callable[..., None]:
     def sweep(
-        suite: Annotated[str, typer.Argument(help="A TOML file, or a packaged suite: quick, standard.")],
+        suite: Annotated[str, typer.Argument(help="A TOML file, or a packaged suite: quick, fidelity, needle, ...")],
         model: Annotated[str, typer.Option(help="As for mikv eval.")] = "smollm2",
         out: Annotated[Path, typer.Option(help="Folder of the results; what is there is not measured again.")] = Path(
             "eval-results"
@@ -108,7 +108,7 @@ def _sweep_command(typer: Any) -> Callable[..., None]:
         device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
         fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what has a result.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
-        report: Annotated[bool, typer.Option("--report", help="Measure nothing; write the tables only.")] = False,
+        report: Annotated[bool, typer.Option("--report", help="Measure nothing; tables and pictures only.")] = False,
     ) -> None:
         """Measure all methods of a suite; run the same command again to go on after an interruption."""
         from mikv_compile.eval import command

@@ -14,3 +14,12 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2 and its tokenizer, loaded once for all tests that skip themselves without the package."""
+    from mikv_compile.eval import models
+
+    tokenizer, model = models.load("smollm2")
+    return model, tokenizer

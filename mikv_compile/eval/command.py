@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mikv_compile.errors import MikvError
-from mikv_compile.eval import models, results, runner, suites, tables, texts
+from mikv_compile.eval import aggregate, models, plots, results, runner, suites, tables, texts
 from mikv_compile.eval.methods import DenseMethod
 from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.runner import Plan, Summary
@@ -50,7 +50,7 @@ def evaluate(
         chosen |= {} if budget is None else {"budget": number_or_text(budget)}
         suites.check_options(chosen)
         measured = make_tasks(tasks, settings)
-        read = tuple(texts.load(name, text_dir) for name in split(names))
+        read = tuple(text for name in split(names) for text in texts.load_all(name, text_dir))
         plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
         summary = runner.run(plan, quiet=as_json)
     except MISTAKES as error:
@@ -82,12 +82,19 @@ def sweep(
             names = ", ".join(m.name for m in asked.methods)
             raise suites.SuiteError(f"no method of suite {suite} has {only!r} in its name; there are {names}")
         if report:
-            summary = Summary(results=list(results.read_all(out)))
+            summary = Summary(results=list(results.read_all(out)), read_only=True)
             if not summary.results:
                 raise suites.SuiteError(f"there are no results below {out}")
         else:
-            read = tuple(texts.load(name, text_dir) for name in asked.texts)
-            plan = make_plan(model, methods, asked.tasks, read, out, dtype, device, fresh)
+            by_name = {name: texts.load_all(name, text_dir) for name in asked.texts}
+            read = tuple(text for several in by_name.values() for text in several)
+            plan = replace(
+                make_plan(model, methods, asked.tasks, read, out, dtype, device, fresh),
+                texts_of={
+                    task: tuple(text.name for name in few for text in by_name[name])
+                    for task, few in asked.texts_of.items()
+                },
+            )
             summary = runner.run(plan, quiet=as_json)
     except MISTAKES as error:
         print(error, file=sys.stderr)
@@ -100,13 +107,13 @@ def sweep(
 
 
 def write_report(out: Path) -> list[Path]:
-    """Tables (and later plots) of all results below a folder; returns the files."""
+    """Tables and pictures of all results below a folder; returns the files."""
     found = list(results.read_all(out))
     if not found:
         return []
     path = out / "results.md"
     path.write_text(tables.markdown(found), encoding="utf-8")
-    return [path]
+    return [path, *plots.draw_all(found, out)]
 
 
 def make_plan(
@@ -124,6 +131,8 @@ def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
     chosen: dict[str, dict[str, Any]] = {name: {} for name in split(names)}
     for setting in settings:
         key, value = parse_option(setting)
+        if isinstance(value, str) and "," in value:
+            value = tuple(number_or_text(part) for part in split(value))
         task, _, field = key.partition(".")
         if task not in chosen or not field:
             raise TaskError(f"--set {setting}: expected TASK.NAME=VALUE with a task of {', '.join(chosen)}")
@@ -163,9 +172,10 @@ def show(summary: Summary, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for task in dict.fromkeys(result.key.task for result in summary.results):
-        headings, lines = tables.rows(summary.results, task)
-        table = Table(title=task)
+    made = aggregate.groups(summary.results)
+    for group in made:
+        headings, lines = tables.rows(group)
+        table = Table(title=tables.title(group, made))
         for i, heading in enumerate(headings):
             table.add_column(heading, justify="right" if i else "left")
         for line in lines:

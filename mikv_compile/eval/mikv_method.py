@@ -25,12 +25,14 @@ class MikvMethod:
         name, family: see :class:`~mikv_compile.eval.methods.Method`.
         regional: compile the repeated layer once (True), the whole model (False), or the whole model only if it has to
             be (None).
+        tags: a part of the settings that pictures read.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     family: str = "mikv"
     regional: bool | None = None
+    tags: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -39,7 +41,7 @@ class MikvMethod:
     @property
     def settings(self) -> dict[str, Any]:
         """The options; how the graph is lowered is one of them."""
-        return {"options": dict(self.options)}
+        return {"options": dict(self.options)} | ({"tags": dict(self.tags)} if self.tags else {})
 
     @contextmanager
     def open(self, model: Any) -> Iterator[Session]:

@@ -107,11 +107,12 @@ def read_all(folder: Path) -> Iterator[Result]:
 def versions() -> dict[str, str]:
     """Versions of everything that could change a number, and the commit when run from a git checkout."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("torch", "transformers", "mikv-compile"):
+    for name in ("torch", "transformers", "mikv-compile", "optimum-quanto", "hqq", "kvpress"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            if name in ("torch", "transformers", "mikv-compile"):
+                found[name] = "not installed"
     commit = _commit()
     if commit:
         found["commit"] = commit

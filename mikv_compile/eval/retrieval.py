@@ -27,7 +27,8 @@ class Retrieval:
         contexts: how many texts with lines of their own are read.
         questions: how many lines of each are asked for after its cache was compressed (agnostic: what is compressed
             does not tell which line will matter).
-        aware: how many questions are asked, over all contexts, where the question is a part of what is compressed.
+        aware: how many questions are asked, over all contexts, where the question is a part of what is compressed; 0
+            leaves them out. Each costs a context, where an agnostic one costs 20 tokens.
         lines: in a context.
         sentences: before each line.
         digits: of each number.
@@ -36,7 +37,7 @@ class Retrieval:
 
     contexts: int = 3
     questions: int = 12
-    aware: int = 15
+    aware: int = 6
     lines: int = 20
     sentences: int = 3
     digits: int = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Plan:
 
     Attributes:
         model: a name for :func:`mikv_compile.eval.models.load`.
+        texts_of: task -> the names of the texts that it reads; a task that is not there reads all.
         dtype: of the weights, as in ``torch``.
         fresh: measure again what has a result.
     """
@@ -38,6 +39,7 @@ class Plan:
     dtype: str = "float32"
     device: str = "cpu"
     fresh: bool = False
+    texts_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def keys(self, method: Method) -> list[tuple[Key, Task, Text]]:
         """A method's measurements."""
@@ -50,6 +52,7 @@ class Plan:
             )
             for task in self.tasks
             for text in self.texts
+            if task.name not in self.texts_of or text.name in self.texts_of[task.name]
         ]
 
 
@@ -65,6 +68,8 @@ class Summary:
     unavailable: dict[str, str] = field(default_factory=dict)
     """Methods that cannot run here, and why."""
     interrupted: bool = False
+    read_only: bool = False
+    """Nothing was to be measured: the results are those of a folder."""
 
     @property
     def status(self) -> int:
@@ -72,6 +77,8 @@ class Summary:
         return 130 if self.interrupted else int(bool(self.failed or self.unavailable))
 
     def __str__(self) -> str:
+        if self.read_only:
+            return f"{len(self.results)} results"
         parts = [f"{self.measured} measured", f"{self.skipped} skipped (they have a result)"]
         parts += [f"{len(self.failed)} failed"] * bool(self.failed)
         parts += [f"{len(self.unavailable)} methods not available here"] * bool(self.unavailable)
@@ -136,7 +143,7 @@ class _Runner:
         try:
             with torch.no_grad(), method.open(model) as session:
                 for at, (key, exercise) in enumerate(ready):  # noqa: B007  (needed when something raises)
-                    reference = references.get(key.task, key.task_settings, exercise.digest, dict)
+                    reference = references.get(key.task, key.task_settings, exercise.digest)
                     self._one(key, exercise, session, reference, started)
                     started = time.perf_counter()
                 at = len(ready)
@@ -156,7 +163,7 @@ class _Runner:
         return self._loaded
 
     def _prepared(self, key: Key, task: Task, text: Text) -> Exercise | None:
-        """The input, and the dense run's reference on disk or in memory; None if there cannot be one."""
+        """The input, with the dense run's reference on disk; None if there cannot be one."""
         tokenizer, model, references = self._model()
         try:
             if (task, text.name) not in self._exercises:
@@ -169,7 +176,7 @@ class _Runner:
                     return exercise.reference(session)
 
             if task.needs_reference:
-                references.get(task.name, settings_of(task), exercise.digest, dense)
+                references.ensure(task.name, settings_of(task), exercise.digest, dense)
         except Exception as error:
             self._record_failure(key, error, 0.0)
             return None

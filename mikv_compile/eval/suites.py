@@ -17,8 +17,12 @@ options = { budget = 0.125 }
 family = "eviction"
 options = { policy = "snapkv" }
 grid = { tiers = ["fp16:0.5", "fp16:0.25"] }   # one method for each combination
+tags = { policy = "snapkv" }  # for pictures: policy, tokens, bits; see mikv_compile.eval.plots.tags_of
 
-[[methods]]                   # anything that is a mikv_compile.eval.methods.Method
+[tasks.retrieval]
+texts = ["jargon@400000"]     # only these, of the suite's or others
+
+[[methods]]                   # anything that is a mikv_compile.eval.methods.Method; looked for beside the suite, too
 factory = "my_package.peers:Quanto"
 arguments = { bits = 4 }
 grid = { axis = [0, 1] }
@@ -29,9 +33,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
@@ -42,7 +48,7 @@ from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.tasks import Task, make
 
 _TOP = ("about", "texts", "tasks", "methods")
-_METHOD = ("kind", "name", "family", "options", "arguments", "factory", "grid", "regional")
+_METHOD = ("kind", "name", "family", "options", "arguments", "factory", "grid", "regional", "tags")
 _KINDS = ("mikv", "dense")
 
 
@@ -57,6 +63,10 @@ class Suite:
     methods: tuple[Method, ...]
     tasks: tuple[Task, ...]
     texts: tuple[str, ...]
+    """All that some task reads."""
+    texts_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Task -> the texts that it reads, where it does not read them all."""
+    about: str = ""
 
 
 def packaged() -> list[str]:
@@ -75,20 +85,27 @@ def load(name: str, extra: Mapping[str, Any] | None = None) -> Suite:
     Raises:
         SuiteError: if there is none, or it says something that cannot be.
     """
+    folder = None
     if Path(name).is_file():
         content = Path(name).read_text(encoding="utf-8")
+        folder = Path(name).resolve().parent
     elif name in packaged():
         content = (resources.files("mikv_compile.eval") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
     else:
         raise SuiteError(f"no suite {name!r}: it is neither a file nor one of {', '.join(packaged())}")
     try:
-        return parse(tomllib.loads(content), extra)
+        return parse(tomllib.loads(content), extra, folder)
     except (tomllib.TOMLDecodeError, SuiteError) as error:
         raise SuiteError(f"suite {name}: {error}") from error
 
 
-def parse(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Suite:
+def parse(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, folder: Path | None = None) -> Suite:
     """A suite from what a TOML file holds.
+
+    Args:
+        raw: that.
+        extra: as for :func:`load`.
+        folder: where modules of factories are looked for first.
 
     Raises:
         SuiteError: for unknown or impossible entries.
@@ -97,16 +114,21 @@ def parse(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Sui
     for part, kind in (("texts", list), ("tasks", dict), ("methods", list)):
         if not isinstance(raw.get(part, kind()), kind):
             raise SuiteError(f"{part!r} must be a {'table' if kind is dict else 'list'}")
-    tasks = []
+    texts = _texts(raw.get("texts", ["pydoc"]), "texts")
+    tasks, texts_of = [], {}
     for name, settings in raw.get("tasks", {"continuation": {}}).items():
         if not isinstance(settings, Mapping):
             raise SuiteError(f"[tasks.{name}] must be a table of settings")
+        if "texts" in settings:
+            texts_of[name] = _texts(settings["texts"], f"[tasks.{name}] texts")
         try:
-            tasks.append(make(name, settings))
+            tasks.append(make(name, {key: value for key, value in settings.items() if key != "texts"}))
         except ValueError as error:
             raise SuiteError(f"[tasks.{name}]: {error}") from error
     methods = [
-        method for i, entry in enumerate(raw.get("methods", []), 1) for method in _methods(entry, i, extra or {})
+        method
+        for i, entry in enumerate(raw.get("methods", []), 1)
+        for method in _methods(entry, i, extra or {}, folder)
     ]
     if not methods:
         raise SuiteError("it has no [[methods]]")
@@ -115,13 +137,20 @@ def parse(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Sui
         if method.name in seen:
             raise SuiteError(f"two methods are called {method.name!r}; give one of them another name")
         seen.add(method.name)
-    texts = raw.get("texts", ["pydoc"])
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise SuiteError("texts must be a list of names, at least one")
-    return Suite(tuple(methods), tuple(tasks), tuple(texts))
+    some = [texts_of.get(task.name, texts) for task in tasks]
+    return Suite(
+        tuple(methods), tuple(tasks), tuple(dict.fromkeys(name for names in some for name in names)),
+        {task.name: texts_of.get(task.name, texts) for task in tasks} if texts_of else {}, raw.get("about", ""),
+    )  # fmt: skip
 
 
-def _methods(entry: Any, number: int, extra: Mapping[str, Any]) -> list[Method]:
+def _texts(names: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise SuiteError(f"{where} must be a list of names, at least one")
+    return tuple(names)
+
+
+def _methods(entry: Any, number: int, extra: Mapping[str, Any], folder: Path | None) -> list[Method]:
     """The methods of one entry."""
     where = f"method {number}"
     if not isinstance(entry, Mapping):
@@ -137,16 +166,18 @@ def _methods(entry: Any, number: int, extra: Mapping[str, Any]) -> list[Method]:
         if name and grid:
             name = " ".join([name, *map(str, values)])
         try:
-            made.append(_method(entry, point, name, extra))
+            made.append(_method(entry, point, name, extra, folder))
         except Exception as error:  # whatever a factory raises
             raise SuiteError(f"{where}{f' ({name})' if name else ''}: {error}") from error
     return made
 
 
-def _method(entry: Mapping[str, Any], point: dict[str, Any], name: str, extra: Mapping[str, Any]) -> Method:
+def _method(
+    entry: Mapping[str, Any], point: dict[str, Any], name: str, extra: Mapping[str, Any], folder: Path | None
+) -> Method:
     given = {key: entry[key] for key in ("family",) if key in entry} | ({"name": name} if name else {})
     if "factory" in entry:
-        if misplaced := {"kind", "options", "regional"} & set(entry):
+        if misplaced := {"kind", "options", "regional", "tags"} & set(entry):
             raise SuiteError(f"{sorted(misplaced)} do not go with factory; give arguments")
         module, _, attribute = entry["factory"].partition(":")
         # Not before the method is opened: what it needs may be missing here, where its results are only read.
@@ -154,6 +185,7 @@ def _method(entry: Mapping[str, Any], point: dict[str, Any], name: str, extra: M
             name or " ".join([attribute, *(f"{k}={v}" for k, v in {**entry.get("arguments", {}), **point}.items())]),
             entry.get("family", "peer"),
             {"factory": entry["factory"], "arguments": {**entry.get("arguments", {}), **point}},
+            folder,
         )
     if "arguments" in entry:
         raise SuiteError("arguments go with factory; options are for the backend")
@@ -164,7 +196,7 @@ def _method(entry: Mapping[str, Any], point: dict[str, Any], name: str, extra: M
         return DenseMethod(**given)
     options = {**extra, **entry.get("options", {}), **point}
     check_options(options)
-    return MikvMethod(options, regional=entry.get("regional"), **given)
+    return MikvMethod(options, regional=entry.get("regional"), tags=entry.get("tags", {}), **given)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -186,6 +218,8 @@ class LateMethod:
     name: str
     family: str
     settings: Mapping[str, Any]
+    folder: Path | None = None
+    """Where its module is looked for first."""
 
     def open(self, model: Any) -> Any:
         """What the method itself opens; raises :class:`UnavailableError` if it cannot be imported."""
@@ -193,10 +227,23 @@ class LateMethod:
 
         module, _, attribute = self.settings["factory"].partition(":")
         try:
-            found = partial(getattr(import_module(module), attribute), **self.settings["arguments"])
+            with _importable(self.folder):
+                found = partial(getattr(import_module(module), attribute), **self.settings["arguments"])
         except ImportError as error:
             raise UnavailableError(str(error)) from error
         return found().open(model)
+
+
+@contextmanager
+def _importable(folder: Path | None) -> Iterator[None]:
+    """Modules in a folder can be imported."""
+    added = [str(folder)] if folder else []
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for name in added:
+            sys.path.remove(name)
 
 
 def _known(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

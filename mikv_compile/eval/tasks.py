@@ -63,6 +63,10 @@ class Task(Protocol):
 TASKS = {
     "continuation": "mikv_compile.eval.continuation:Continuation",
     "retrieval": "mikv_compile.eval.retrieval:Retrieval",
+    "needle": "mikv_compile.eval.needle:Needle",
+    "ruler": "mikv_compile.eval.ruler:Ruler",
+    "drift": "mikv_compile.eval.drift:Drift",
+    "external": "mikv_compile.eval.external:External",
 }
 """Name -> module and class, imported on use."""
 
@@ -91,18 +95,20 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Task:
     """
     kind = task_class(name)
     known = {f.name: f.default for f in dataclasses.fields(kind)}
-    for key, value in (settings or {}).items():
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in (settings or {}).items()}
+    for key, value in given.items():
         if key not in known:
             raise TaskError(f"task {name!r} has no setting {key!r}{_nearest(key, list(known))}")
         usual = known[key]
         if isinstance(value, bool) != isinstance(usual, bool) or not isinstance(value, type(usual) | int):
             raise TaskError(f"setting {key!r} of task {name!r} is {value!r}; expected something like {usual!r}")
-    return kind(**(settings or {}))
+    return kind(**given)
 
 
 def settings_of(task: Task) -> dict[str, Any]:
     """The settings of a task, as JSON."""
-    return dataclasses.asdict(task)  # type: ignore[call-overload]
+    plain = dataclasses.asdict(task)  # type: ignore[call-overload]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 def _nearest(name: str, known: list[str]) -> str:

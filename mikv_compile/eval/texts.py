@@ -95,6 +95,20 @@ def load(name: str, folder: Path | None = None) -> Text:
     return Text(f"{bare}@{first}", content, first)
 
 
+def load_all(name: str, folder: Path | None = None) -> list[Text]:
+    """A text as :func:`load` gives it; of a folder, all files ``*.jsonl``, for questions from files.
+
+    Raises:
+        TextError: if there is none.
+    """
+    if not Path(name).is_dir() or name in _SOURCES:
+        return [load(name, folder)]
+    found = [load(str(path), folder) for path in sorted(Path(name).glob("*.jsonl"))]
+    if not found:
+        raise TextError(f"there are no files *.jsonl in the folder {name}")
+    return found
+
+
 def _read_file(path: Path) -> str:
     raw = path.read_bytes()
     return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8", "replace")
