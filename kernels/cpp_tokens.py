@@ -275,17 +275,16 @@ def demote(
     if not 0 <= victims <= used <= buffers.tiers[0].capacity or sum(orders.moves) > victims:
         raise NotCovered(f"{victims} victims, of which {orders.moves} go to lower tiers, of {used} tokens")
     tiers = list(_tier_fields(buffers.tiers[0], fmt.tiers[0]))
-    lower = zip(buffers.tiers[1:], fmt.tiers[1:], orders.counts[1:], orders.moves, strict=True)
-    for tier, tier_fmt, start, count in lower:
-        if count:
-            _need_range_rounding(tier_fmt)
-            _need_room(tier, tier_fmt, start, count)
-        tiers += _tier_fields(tier, tier_fmt, start, count)
+    destinations = orders.destinations
+    for number, start, count in destinations:
+        _need_range_rounding(fmt.tiers[number])
+        _need_room(buffers.tiers[number], fmt.tiers[number], start, count)
+        tiers += _tier_fields(buffers.tiers[number], fmt.tiers[number], start, count)
     batch, heads, _ = buffers.tiers[0].positions.shape
     if ranks is not None:
         ranks = _input_rows(ranks.expand(batch, heads, used), torch.float32)
     header = _header(
-        batch, heads, key_dim, value_dim, balancer, len(fmt.tiers),
+        batch, heads, key_dim, value_dim, balancer, 1 + len(destinations),
         own_scores=_NO_ROWS if ranks is None else _rows(ranks, torch.float32),
         count=used, demotion=(victims, orders.sinks, orders.recent_from), scores=_rows(buffers.scores, torch.float32),
     )  # fmt: skip

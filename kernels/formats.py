@@ -377,10 +377,30 @@ class Orders(NamedTuple):
     """The store is empty, and the call's own tokens fill it as a prompt does: ``counts`` go to each tier."""
     stale: int = 0
     """Columns behind the call's own tokens that hold older ones, which the store has dropped: nobody may see them."""
+    replaced: int = 0
+    """Of the last of ``moves``, how many tokens take the place of stored ones, which are evicted."""
+    replaced_at: int = 0
+    """The first slot of those."""
+
+    @property
+    def lower_counts(self) -> tuple[int, ...]:
+        """Slots in use of tiers 1, 2, ... after the call."""
+        after = [count + move for count, move in zip(self.counts[1:], self.moves, strict=True)]
+        return (*after[:-1], after[-1] - self.replaced) if after else ()
+
+    @property
+    def destinations(self) -> list[tuple[int, int, int]]:
+        """Where the tokens that move down go, best first: number of the tier, first slot, tokens."""
+        found = [(i, start, count) for i, (start, count) in enumerate(zip(self.counts[1:], self.moves, strict=True), 1)]
+        if self.replaced:
+            tier, start, count = found.pop()
+            found += [(tier, start, count - self.replaced), (tier, self.replaced_at, self.replaced)]
+        return [(tier, start, count) for tier, start, count in found if count]
 
     def encode(self) -> torch.Tensor:
         """The int64 tensor."""
         head = [self.length, self.sinks, self.recent_from, self.victims, self.first, int(self.fresh), self.stale]
+        head += [self.replaced, self.replaced_at]
         return torch.tensor([*head, *self.counts, *self.moves], dtype=torch.int64)
 
     @classmethod
@@ -391,12 +411,13 @@ class Orders(NamedTuple):
     @classmethod
     def encoded_size(cls, num_tiers: int) -> int:
         """Elements of the int64 tensor."""
-        return 7 + 2 * num_tiers - 1
+        return 9 + 2 * num_tiers - 1
 
 
 @lru_cache(maxsize=8)
 def _decoded(numbers: tuple[int, ...], num_tiers: int) -> Orders:
     """The orders; mostly those of the layer before."""
-    length, sinks, recent_from, victims, first, fresh, stale, *rest = numbers
+    length, sinks, recent_from, victims, first, fresh, stale, replaced, replaced_at, *rest = numbers
     counts, moves = tuple(rest[:num_tiers]), tuple(rest[num_tiers:])
-    return Orders(length, sinks, recent_from, counts, victims, moves, first, bool(fresh), stale)
+    seen = (first, bool(fresh), stale)
+    return Orders(length, sinks, recent_from, counts, victims, moves, *seen, replaced, replaced_at)

@@ -13,6 +13,9 @@ from mikv_compile.kernels.fit import key_guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
+WORTH_STEP = 64
+"""Tokens of one worth where a plan evicts and no block is prescribed."""
+
 READ_CHUNK = 2048
 """Slots of a tier that :func:`read` dequantizes at a time."""
 
@@ -74,11 +77,24 @@ def compress(
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    chosen = run("select_tokens", k.device, ranking.prompt_ranks(scores, chosen_by, fmt), orders)
+    ranks = ranking.prompt_ranks(scores, chosen_by, fmt)
+    chosen = list(run("select_tokens", k.device, ranks, orders))
+    if len(chosen) > 1 and sum(orders.counts) < tokens:
+        chosen[-1] = _by_worth(chosen[-1], ranks, fmt.tiers[-1].block)
     for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
         run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer, guide)
         if i == 0 and fmt.has_scores:
             buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
+
+
+def _by_worth(index: torch.Tensor, ranks: torch.Tensor, block: int) -> torch.Tensor:
+    """The tokens ``index`` [B, H_kv, N] in blocks from the highest ranks to the lowest, ascending in each block.
+
+    When generated tokens need the room, the blocks at the end go first (:meth:`LayerPlan.step`).
+    """
+    step = max(block, WORTH_STEP)
+    order = ranks.gather(2, index).argsort(dim=2, descending=True, stable=True)
+    return torch.cat([part.sort(dim=2).values for part in index.gather(2, order).split(step, dim=2)], 2)
 
 
 def demote(
@@ -98,8 +114,7 @@ def demote(
     Args:
         buffers: of a store that has scores; tier 0 has its scales per token.
         fmt: the store's format.
-        orders: ``victims``, ``sinks``, ``recent_from``, ``moves`` (whole blocks of each lower tier) and, for where
-            the lower tiers end, ``counts``.
+        orders: ``victims``, ``sinks``, ``recent_from`` and ``destinations`` (whole blocks of the lower tiers).
         used: slots in use of tier 0 now.
         key_dim, value_dim: D_k and D_v.
         ranks: [B, H_kv, used] float32; None: the scores.
@@ -115,15 +130,12 @@ def demote(
     victims = order[:, :, : orders.victims]
 
     stop = orders.victims
-    for lower, lower_fmt, count, start in zip(
-        buffers.tiers[1:], fmt.tiers[1:], orders.moves, orders.counts[1:], strict=True
-    ):
-        if count:
-            index = victims[:, :, stop - count : stop]
-            index = index.gather(2, positions.gather(2, index).argsort(dim=2))
-            k, v = run("read_tokens", device, tier, tier_fmt, index, key_dim, value_dim, balancer)
-            place = positions.gather(2, index)
-            run("write_tokens", device, lower, lower_fmt, start, k, v, None, 0, place, balancer)
+    for number, start, count in orders.destinations:
+        index = victims[:, :, stop - count : stop]
+        index = index.gather(2, positions.gather(2, index).argsort(dim=2))
+        k, v = run("read_tokens", device, tier, tier_fmt, index, key_dim, value_dim, balancer)
+        place = positions.gather(2, index)
+        run("write_tokens", device, buffers.tiers[number], fmt.tiers[number], start, k, v, None, 0, place, balancer)
         stop -= count
 
     # As many victims lie below `kept` as survivors above it; pair them up. Padding pairs slot used - 1 with itself:

@@ -266,11 +266,17 @@ class LayerPlan:
         moves = (0,) * (len(counts) - 1)
         return Orders(0, self.sinks, self.recent_from(length), tuple(counts), 0, moves)
 
-    def step(self, length: int, counts: tuple[int, ...], new: int) -> Orders:
+    def step(self, length: int, counts: tuple[int, ...], new: int, recycled: tuple[int, int] = (0, 0)) -> Orders:
         """What happens when ``new`` tokens are appended to ``length`` earlier ones.
 
         Tokens leave tier 0 once at least ``flush_every`` of them can go. Tokens that a lower tier is due, but that do
-        not fill one of its blocks yet, wait in tier 0; what no tier is due is evicted.
+        not fill one of its blocks yet, wait in tier 0. In a plan that evicts, tokens that leave tier 0 go to the last
+        tier, and where that is full they take the place of a prompt's least important tokens, later of the oldest; a
+        plan of one tier evicts them.
+
+        Args:
+            recycled: slots of the last tier that a prompt filled in order of importance, and how many tokens have
+                taken the place of others since.
         """
         after = length + new
         excess = max(counts[0] + new - self.high_target(after), 0)
@@ -278,11 +284,20 @@ class LayerPlan:
         for tier, fmt, count in zip(self.tiers[1:], self.format.tiers[1:], counts[1:], strict=True):
             due = left if tier.share is None else min(max(tier.quota(after) - count, 0), left)
             moves.append(due // fmt.block * fmt.block)
-            left -= due
-        victims = sum(moves) + (left if self.evicts else 0)
+            left -= moves[-1]
+        evicted = replaced = at = 0
+        if self.evicts:
+            block = self.format.tiers[-1].block
+            evicted = left // block * block
+            if moves:
+                at, replaced = _recycle(counts[-1] // block * block, recycled, evicted)
+                moves[-1] += replaced
+                evicted -= replaced
+        victims = sum(moves) + evicted
         if victims < self.flush_every:
-            victims, moves = 0, [0] * len(moves)
-        return Orders(length, self.sinks, self.recent_from(after), counts, victims, tuple(moves))
+            victims, replaced, at, moves = 0, 0, 0, [0] * len(moves)
+        orders = Orders(length, self.sinks, self.recent_from(after), counts, victims, tuple(moves))
+        return orders._replace(replaced=replaced, replaced_at=at) if replaced else orders
 
     def capacities(self, counts: tuple[int, ...], old: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Slots to allocate for ``counts`` tokens in each tier.
@@ -386,6 +401,18 @@ def make(
             for i, f in enumerate(formats)
         ),
     )
+
+
+def _recycle(count: int, recycled: tuple[int, int], wanted: int) -> tuple[int, int]:
+    """First slot, and number, of the tokens of a tier that are overwritten next; at most ``wanted``, all neighbours."""
+    ranked, done = recycled
+    if not count:
+        return 0, 0
+    if done < ranked:  # a prompt's blocks, the least important of which lie at the end
+        taken = min(wanted, ranked - done)
+        return ranked - done - taken, taken
+    at = (done - ranked) % count
+    return at, min(wanted, count - at)
 
 
 def _slot_bytes(fmt: TierFormat, key_dim: int, value_dim: int, itemsize: int = 2) -> float:

@@ -65,6 +65,7 @@ class LayerStore:
         self._handles: dict[int, weakref.ref[KVTensor | PreallocatedKV]] = {}
         self._derived: tuple[object, Role, weakref.ref[LayerStore]] | None = None
         self._exact_from = 0
+        self._recycled = (0, 0)
         self._pending: dict[Role, tuple[int, torch.Tensor]] = {}
         self.capacities = plan.capacities(counts or self.counts)
         self.buffers = self._allocate(self.capacities)
@@ -96,9 +97,8 @@ class LayerStore:
             orders = self.plan.fill(new)._replace(first=first, fresh=True)
             self._grow(orders.counts)
             return orders
-        orders = self.plan.step(self.length, self.counts, new)._replace(first=first)
-        moved = zip(self.counts[1:], orders.moves, strict=True)
-        self._grow((self.counts[0] + new, *(count + move for count, move in moved)))
+        orders = self.plan.step(self.length, self.counts, new, self._recycled)._replace(first=first)
+        self._grow((self.counts[0] + new, *orders.lower_counts))
         return orders
 
     def ends_with(self, *handles: KVTensor) -> bool:
@@ -161,12 +161,12 @@ class LayerStore:
             self.filled(orders, new)
             return
         self.changes += 1
-        first, *lower = orders.counts
         if orders.victims:
             # A victim can be any unprotected token, so only tokens that were protected are surely still in tier 0.
             self._exact_from = orders.recent_from
-        moved = tuple(count + move for count, move in zip(lower, orders.moves, strict=True))
-        self.counts = (first + new - orders.victims, *moved)
+        self.counts = (orders.counts[0] + new - orders.victims, *orders.lower_counts)
+        ranked, done = self._recycled
+        self._recycled = (ranked, done + orders.replaced)
         self.length = orders.length + new
         self._derived = None
         self._trim()
@@ -177,6 +177,7 @@ class LayerStore:
         self._derived = None
         self.counts, self.length = orders.counts, length
         self._exact_from = orders.recent_from if sum(orders.counts[1:]) or self.evicted else 0
+        self._recycled = (self.counts[-1] if self.evicted and len(self.counts) > 1 else 0, 0)
 
     def _trim(self) -> None:
         """Give back tier 0's slots that a long chunk needed for one call."""
@@ -241,6 +242,7 @@ class LayerStore:
         """Drop all tokens and give their memory back; also makes an unusable store usable again."""
         self._spoiled, self._derived, self._pending, self.untouched = None, None, {}, False
         self.base = self.start = self.length = self._exact_from = 0
+        self._recycled = (0, 0)
         self.counts = (0,) * len(self.counts)
         self.capacities = self.plan.capacities(self.counts)
         self.buffers = self._allocate(self.capacities)
@@ -700,7 +702,7 @@ class LayerStore:
                 stored.scores[:, :, :count] = kept_scores.gather(2, index)
             stop -= count
         self.recompressed += 1
-        self.counts, self.length = orders.counts, length
+        self.counts, self.length, self._recycled = orders.counts, length, (0, 0)
         # A head that had lost some of the newest tokens has older ones in their place.
         self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
 
