@@ -149,7 +149,10 @@ def check_counts_no_layers(options: Options, reason: str) -> None:
     """
     pyramid = options.resolved("layer_budget", "uniform") == "pyramid"
     in_bytes = isinstance(options.budget, str)
-    for name, counts in (("layers", options.layers is not None), ("budget", in_bytes), ("layer_budget", pyramid)):
+    for name, counts in (
+        ("layers", options.layers is not None), ("plan", options.plan is not None), ("budget", in_bytes),
+        ("layer_budget", pyramid),
+    ):  # fmt: skip
         if counts:
             raise OptionError(
                 f"option {name!r} counts the layers of the whole model, but {reason}; compile it with regional=False, "
@@ -308,7 +311,11 @@ class Planner:
         """
         tiers = parse_layers(self.options.layers).get(index)
         budget = self.options.budget
-        if tiers is None and budget is not None:
+        if self.options.plan is not None:
+            from mikv_compile.sensitivity import planned
+
+            tiers = planned(self.options, index, site)
+        elif tiers is None and budget is not None:
             choose = _tiers_for_bytes if isinstance(budget, str) else _tiers_for_fraction
             tiers = choose(self.options, site)
         options = self.options
@@ -413,6 +420,16 @@ def _tiers_for_bytes(options: Options, site: CacheShape) -> tuple[Tier, ...]:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= limit else (low, middle)
     return parse_tiers(f"int8:0.0,k4v2:{low}")
+
+
+def make_plan(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> LayerPlan:
+    """The plan of tiers with these options.
+
+    Raises:
+        OptionError: for options that do not go with each other.
+        ValueError: if the head dimensions cannot be packed or grouped so.
+    """
+    return _make(options, tiers, key_dim, value_dim)
 
 
 def _make(options: Options, tiers: tuple[Tier, ...], key_dim: int, value_dim: int) -> LayerPlan:

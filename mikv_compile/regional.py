@@ -26,6 +26,7 @@ from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
 from mikv_compile.lowering import Region
 from mikv_compile.plan import Planner, check_counts_no_layers, parse_layers
+from mikv_compile.sensitivity import layer_tiers
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,9 @@ def _layer_calls(
     overrides: dict[int, Any] = dict(parse_layers(options.layers))
     if options.resolved("layer_budget", "uniform") == "pyramid":
         overrides = {number: overrides.get(number, number) for number in range(len(layers))}
+    if options.plan is not None:
+        dtype = next(p.dtype for p in layers[0].parameters() if p.is_floating_point())
+        overrides = dict(enumerate(layer_tiers(options, dtype)))
     groups: dict[Any, _Group] = {}
     calls = []
     for number, (layer, own) in enumerate(zip(layers, attributes, strict=True)):
