@@ -96,6 +96,8 @@ def calibrate(
     Raises:
         OptionError: for options that are impossible or that choose tiers.
         MikvError: for a model that cannot be compiled layer by layer, or a layer that stays dense.
+        ValueError: for inputs that are too short or of another form.
+        FileNotFoundError: if the folder of ``path`` does not exist.
     """
     from mikv_compile import __version__
     from mikv_compile.config import Options
@@ -109,6 +111,8 @@ def calibrate(
         raise ValueError("calibrate() needs at least one input")
     for name in candidates:
         candidate_tiers(name)
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(Path(path).parent)!r} to write the plan file to")
     parts = list(dict.fromkeys(sample.part for sample in samples))
     bench = _Bench(model, dict(options))
     with bench.open():
@@ -172,17 +176,7 @@ def _check(
     for sample, cache, want in zip(samples, stored, wanted, strict=True):
         kl = _divergence(want, bench.continued(sample, cache), sample)
         measured[sample.part] += kl / sum(s.part == sample.part for s in samples)
-    predicted = {part: sum(_predict(found, i, text, part) for i, text in enumerate(tiers)) for part in measured}
-    return Check(budget, ratio, predicted, measured)
-
-
-def _predict(found: Calibration, layer: int, text: str, part: str) -> float:
-    from mikv_compile.plan import parse_tiers
-
-    tiers = parse_tiers(text)
-    low = tiers[-1]
-    kept = sum(float(t.share) for t in tiers if t.share is not None) if low.is_bounded else 1.0
-    return found.predicted(layer, low.key_bits, low.value_bits, kept, part)
+    return Check(budget, ratio, {part: found.damage_of(tiers, part) for part in measured}, measured)
 
 
 class _Counter:

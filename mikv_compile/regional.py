@@ -140,8 +140,9 @@ def _layer_calls(
     if options.resolved("layer_budget", "uniform") == "pyramid":
         overrides = {number: overrides.get(number, number) for number in range(len(layers))}
     if options.plan is not None:
-        dtype = next(p.dtype for p in layers[0].parameters() if p.is_floating_point())
-        overrides = dict(enumerate(layer_tiers(options, dtype)))
+        kinds = (p.dtype for p in layers[0].parameters() if p.is_floating_point())
+        dtype = next(kinds, torch.get_default_dtype())
+        overrides = dict(enumerate(layer_tiers(options, dtype, len(layers))))
     groups: dict[Any, _Group] = {}
     calls = []
     for number, (layer, own) in enumerate(zip(layers, attributes, strict=True)):

@@ -185,6 +185,17 @@ class Calibration:
         curves = _curves(self, layer, tuple(sorted(weights.items())) if weights else None)
         return curves.bits("k", key_bits) + curves.bits("v", value_bits) + curves.evicting(kept)
 
+    def damage_of(self, tiers: Sequence[str], part: str | None = None) -> float:
+        """Predicted damage of all layers' tiers together, such as :meth:`tiers` gives; see :meth:`predicted`."""
+        from mikv_compile.plan import parse_tiers
+
+        total = 0.0
+        for layer, text in enumerate(tiers):
+            *high, low = parse_tiers(text)
+            kept = sum(float(tier.share or 0) for tier in (*high, low)) if low.is_bounded else 1.0
+            total += self.predicted(layer, low.key_bits, low.value_bits, kept, part)
+        return total
+
     def tiers(
         self,
         budget: float | None = None,
@@ -197,7 +208,7 @@ class Calibration:
 
         Args:
             budget: part of the bytes of a dense cache in ``dtype`` at 4,096 tokens; by default the stored part of a
-                16-bit cache.
+                16-bit cache. 1 keeps everything as it is; below, no layer gets more than 8 bits.
             dtype: of the model that will run.
             options: that it will run with, which bytes depend on; by default those of the measurement.
             weights: of the parts, instead of the stored ones.
@@ -244,18 +255,25 @@ def _load(path: str, changed: int, size: int) -> Calibration:
     return Calibration.load(path)
 
 
-def layer_tiers(options: Options, dtype: torch.dtype) -> tuple[str, ...]:
-    """The tiers of each layer for options that name a plan file.
+def layer_tiers(options: Options, dtype: torch.dtype, layers: int) -> tuple[str, ...]:
+    """The tiers of each layer of a model with ``layers`` of them, for options that name a plan file.
 
     Raises:
-        OptionError: as :meth:`Calibration.tiers` and :func:`load`.
+        OptionError: if the file is of a model with other layers, or as :meth:`Calibration.tiers` and :func:`load`.
     """
     assert options.plan is not None and not isinstance(options.budget, str)
-    return _tiers(load(options.plan), options.budget, dtype, options)
+    calibration = load(options.plan)
+    if layers != len(calibration.layers):
+        raise OptionError(
+            f"plan file {options.plan!r} is of a {calibration.model} with {len(calibration.layers)} layers, but "
+            f"{layers} are compiled here; {_anew(options)}. A model that torch.compile splits into several graphs "
+            "needs mikv_compile.compile(model, regional=True)"
+        )
+    return _tiers(calibration, options.budget, dtype, options)
 
 
 def planned(options: Options, index: int, site: CacheShape) -> tuple[Tier, ...]:
-    """The tiers of one layer for options that name a plan file.
+    """The tiers of one layer, for options that name a plan file.
 
     Raises:
         OptionError: if the file is of a model with other layers, or the budget cannot be met.
@@ -263,21 +281,19 @@ def planned(options: Options, index: int, site: CacheShape) -> tuple[Tier, ...]:
     from mikv_compile.plan import parse_tiers
 
     assert options.plan is not None
-    calibration = load(options.plan)
-    other = f"make one for this model with mikv_compile.calibrate(model, inputs, path={options.plan!r})"
-    if site.layers != len(calibration.layers):
-        raise OptionError(
-            f"plan file {options.plan!r} is of a {calibration.model} with {len(calibration.layers)} layers, but "
-            f"{site.layers} are compiled here; {other}. A model that is split into several graphs needs regional=True"
-        )
-    made, here = calibration.layers[index], (site.kv_heads, site.key_dim, site.value_dim)
+    tiers = layer_tiers(options, site.dtype, site.layers)[index]
+    made, here = load(options.plan).layers[index], (site.kv_heads, site.key_dim, site.value_dim)
     if (made.kv_heads, made.key_dim, made.value_dim) != here:
         raise OptionError(
-            f"plan file {options.plan!r} is of a {calibration.model} whose layer {index} has {made.kv_heads} KV "
-            f"heads of {made.key_dim} (keys) and {made.value_dim} (values); here it has {here[0]} of {here[1]} and "
-            f"{here[2]}; {other}"
+            f"plan file {options.plan!r} is of a model whose layer {index} has {made.kv_heads} KV heads of "
+            f"{made.key_dim} (keys) and {made.value_dim} (values); here it has {here[0]} of {here[1]} and {here[2]}; "
+            f"{_anew(options)}"
         )
-    return parse_tiers(layer_tiers(options, site.dtype)[index])
+    return parse_tiers(tiers)
+
+
+def _anew(options: Options) -> str:
+    return f"make one for this model with mikv_compile.calibrate(model, inputs, path={options.plan!r})"
 
 
 # Damage
@@ -378,25 +394,24 @@ _OF_BYTES = (
 
 @functools.lru_cache(maxsize=64)
 def _choose(
-    calibration: Calibration, budget: float | None, dtype: torch.dtype, given: tuple[tuple[str, Any], ...]
+    calibration: Calibration, budget: float | None, dtype: torch.dtype, options_given: tuple[tuple[str, Any], ...]
 ) -> tuple[str, ...]:
-    from mikv_compile.config import Options
     from mikv_compile.plan import BUDGET_LENGTH
 
-    options = Options(**dict(given))
+    if budget is not None and budget >= 1:
+        return ("fp",) * len(calibration.layers)
     elements = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in calibration.layers) * BUDGET_LENGTH
     dense = elements * dtype.itemsize
     limit = calibration.budget * elements * 2 if budget is None else budget * dense
     unit = dense / UNITS
-    sizes: dict[LayerShape, list[tuple[str, int, int, float, int]]] = {}
     layers = []
     for number, shape in enumerate(calibration.layers):
-        if shape not in sizes:
-            sizes[shape] = _sizes(shape, dtype, options, unit)
         curves = _curves(calibration, number, None)
         choices = [
-            _Choice(text, curves.bits("k", k) + curves.bits("v", v) + curves.evicting(kept), units)
-            for text, k, v, kept, units in sizes[shape]
+            _Choice(
+                text, curves.bits("k", k) + curves.bits("v", v) + curves.evicting(kept), math.ceil(nbytes / unit - 1e-9)
+            )
+            for text, k, v, kept, nbytes in _offers(shape, dtype, options_given)
         ]
         layers.append(_pareto(choices))
     capacity = math.floor(limit / unit + 1e-9)
@@ -409,17 +424,18 @@ def _choose(
     return tuple(choice.tiers for choice in _knapsack(layers, capacity))
 
 
-def _sizes(
-    shape: LayerShape, dtype: torch.dtype, options: Options, unit: float
+@functools.lru_cache(maxsize=64)
+def _offers(
+    shape: LayerShape, dtype: torch.dtype, options_given: tuple[tuple[str, Any], ...]
 ) -> list[tuple[str, int, int, float, int]]:
-    """Tiers, key bits, value bits, kept part and units of bytes of everything that a layer may get."""
+    """Tiers, key bits, value bits, kept part and bytes of everything that a layer may get."""
+    from mikv_compile.config import Options
     from mikv_compile.plan import BUDGET_LENGTH, make_plan, parse_tiers
 
+    options = Options(**dict(options_given))
     found = []
-    wanted = [("fp", 16, 16, 1.0)]
     for k, v, kept in itertools.product(BITS, BITS, KEPT):
-        wanted.append((_text(k, v, kept), k, v, kept))
-    for text, k, v, kept in wanted:
+        text = _text(k, v, kept)
         try:
             plan = make_plan(options, parse_tiers(text), shape.key_dim, shape.value_dim)
         except ValueError as error:
@@ -427,7 +443,7 @@ def _sizes(
                 raise
             continue  # head dimensions that cannot be packed so
         nbytes = plan.nbytes(BUDGET_LENGTH, 1, shape.kv_heads, shape.key_dim, shape.value_dim, dtype)
-        found.append((text, k, v, kept, math.ceil(nbytes / unit - 1e-9)))
+        found.append((text, k, v, kept, nbytes))
     return found
 
 
