@@ -82,6 +82,14 @@ def test_the_model_is_left_uncompiled(measured):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_sliding_layers_are_told_apart():
+    model = tiny_models.build("gemma2")  # the first layer slides, the second does not
+    inputs = [tiny_models.prompt(tokens=120)]
+    found = mikv_compile.calibrate(model, inputs, continue_tokens=32, candidates=("keep0.0",), window=8)
+    assert [layer.evicts for layer in found.layers] == [False, True]
+    assert 100 * found.measured(0, "keep0.0") < found.measured(1, "keep0.0")
+
+
 def test_a_layer_that_stays_exact_has_no_damage():
     sample = Sample(tiny_models.prompt(tokens=120), 60)
     bench = calibration._Bench(tiny_models.build("llama"), {})
