@@ -23,6 +23,9 @@ from mikv_compile.store import LayerStore
 CANDIDATES = ("k4", "k3", "k2", "v4", "v3", "v2", "keep0.5", "keep0.25", "keep0.125", "keep0.0")
 """What is measured in each layer; see :class:`~mikv_compile.sensitivity.Calibration`."""
 
+WEIGHTS = {"retrieval": 0.2}
+"""Weights of parts that are not 1 unless told: a number that cannot be fetched costs nats, prose hundredths of one."""
+
 CHUNK = 64
 """Tokens of a continuation that are read at a time."""
 
@@ -85,7 +88,7 @@ def calibrate(
         inputs: token ids [1, tokens], texts (with a tokenizer) or :class:`Sample`; see :func:`default_inputs`.
         tokenizer: encodes texts.
         candidates: what to measure.
-        weights: of each part of the inputs; by default 1.
+        weights: of each part of the inputs; by default 1, and 0.2 of ``retrieval``.
         budget: part of a 16-bit cache that the plan takes where the options name no budget.
         check: budgets, as parts of a cache in the model's dtype, whose combined tiers are run in the end.
         continue_tokens: how many of the last tokens of an input are read on; a :class:`Sample` says it itself.
@@ -146,33 +149,65 @@ def calibrate(
             options=dict(options),
             inputs=tuple((sample.context, sample.ids.shape[1] - sample.context) for sample in samples),
             damage={part: tuple(table) for part, table in damage.items()},
-            weights=dict(weights or dict.fromkeys(parts, 1.0)),
+            weights={part: WEIGHTS.get(part, 1.0) for part in parts} | dict(weights or {}),
             budget=budget,
             versions={"mikv_compile": __version__, "torch": str(torch.__version__)},
         )
         if path is not None:
             found.save(path)  # before the checks: they are no reason to lose it
-        checks = [_check(found, bench, samples, wanted, fraction, sites[0].dtype) for fraction in check]
-    found = replace(found, checks=tuple(checks))
+        found = _checked(found, bench, samples, wanted, sites[0].dtype, check)
     if path is not None:
         found.save(path)
     return found
 
 
+def check(model: Any, found: Calibration, inputs: Sequence[Sample], budgets: Sequence[float]) -> Calibration:
+    """Run the combined tiers of some budgets, without measuring the layers again.
+
+    Args:
+        model: that was measured.
+        found: its calibration, maybe with other weights.
+        inputs: to measure the KL on; their parts are those of the calibration.
+        budgets: parts of a cache in the model's dtype.
+
+    Returns:
+        The calibration with ``checks`` of these budgets.
+
+    Raises:
+        OptionError: for a budget that cannot be met, or a model with other layers.
+        ValueError: if there is an input of a part that was not measured.
+    """
+    unknown = {sample.part for sample in inputs} - set(found.damage)
+    if unknown:
+        raise ValueError(f"inputs are of part {', '.join(sorted(unknown))}, which was not measured")
+    bench = _Bench(model, dict(found.options))
+    with bench.open():
+        exact = bench.read_contexts("fp", inputs)
+        stores = _stores(exact[0])
+        if len(stores) != len(found.layers):
+            raise OptionError(f"the calibration is of {len(found.layers)} layers, but the model has {len(stores)}")
+        wanted = [bench.continued(sample, cache) for sample, cache in zip(inputs, exact, strict=True)]
+        return _checked(found, bench, inputs, wanted, stores[0].site.dtype, budgets)
+
+
+def _checked(
+    found: Calibration, bench: _Bench, samples: Sequence[Sample], wanted: Sequence[torch.Tensor], dtype: torch.dtype,
+    budgets: Sequence[float],
+) -> Calibration:  # fmt: skip
+    checks = [_check(found, bench, samples, wanted, budget, dtype) for budget in budgets]
+    return replace(found, checks=tuple(checks))
+
+
 def _check(
-    found: Calibration,
-    bench: _Bench,
-    samples: list[Sample],
-    wanted: list[torch.Tensor],
-    budget: float,
+    found: Calibration, bench: _Bench, samples: Sequence[Sample], wanted: Sequence[torch.Tensor], budget: float,
     dtype: torch.dtype,
-) -> Check:
+) -> Check:  # fmt: skip
     """Run the combined tiers of a budget."""
     tiers = found.tiers(budget, dtype=dtype)
     layers = "; ".join(f"{number}={text}" for number, text in enumerate(tiers))
     stored = bench.read_contexts("fp", samples, layers=layers)
     ratio = cache_report(stored[0]).ratio
-    measured = dict.fromkeys(found.damage, 0.0)
+    measured = dict.fromkeys((sample.part for sample in samples), 0.0)
     for sample, cache, want in zip(samples, stored, wanted, strict=True):
         kl = _divergence(want, bench.continued(sample, cache), sample)
         measured[sample.part] += kl / sum(s.part == sample.part for s in samples)

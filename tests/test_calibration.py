@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -80,6 +81,20 @@ def test_facts_and_progress(measured):
 def test_the_model_is_left_uncompiled(measured):
     model, _, _ = measured
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_check_runs_the_combined_tiers(measured):
+    """The exact cache's own budget costs nothing; a small one costs what it costs, in the bytes that it may take."""
+    model, found, _ = measured
+    sample = Sample(tiny_models.prompt(tokens=320), 256)
+    full, small = calibration.check(model, found, [sample], (1.0, 0.1)).checks
+    assert (full.budget, full.predicted) == (1.0, {"text": 0}) and abs(full.measured["text"]) < 1e-7
+    assert small.nbytes_fraction < 0.25 < 1 <= full.nbytes_fraction
+    assert small.predicted["text"] > 0 and 0.1 < small.measured["text"] / small.predicted["text"] < 10
+    with pytest.raises(ValueError, match="part other, which was not measured"):
+        calibration.check(model, found, [Sample(sample.ids, 256, "other")], (0.2,))
+    with pytest.raises(OptionError, match="of 3 layers, but the model has 2"):
+        calibration.check(tiny_models.model("llama"), found, [sample], (0.2,))
 
 
 def test_sliding_layers_are_told_apart():
@@ -245,6 +260,14 @@ def test_fewer_tokens_or_bits_never_count_as_less_damage():
     assert found.predicted(0, 2, 8, 1.0) == found.predicted(0, 3, 8, 1.0) == 0.004
     assert found.predicted(0, 8, 8, 0.25) == found.predicted(0, 8, 8, 0.5) == 0.02
     assert found.predicted(0, 8, 8, 0.0) == pytest.approx(0.1)  # as keep0.125
+
+
+def test_the_packaged_file():
+    path = Path(mikv_compile.__file__).parent / "plans" / "smollm2-135m.json"
+    found = Calibration.load(path)
+    assert len(found.layers) == 30 and found.weights == {"text": 1.0, "retrieval": 0.2}
+    assert found.measured(7, "k2") > 100 * found.measured(13, "k2")
+    assert nbytes(found.tiers(0.12), torch.float16) <= 0.12 * dense(30, torch.float16)
 
 
 # Files
