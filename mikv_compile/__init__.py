@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Calibration": "sensitivity",
     "EvictedTokensError": "errors",
     "KVTensor": "handle",
     "MikvError": "errors",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "PRESETS": "config",
     "UnusableCacheError": "errors",
     "cache_report": "report",
+    "calibrate": "calibration",
     "compile": "regional",
     "explain": "report",
     "graph_reports": "report",
@@ -28,15 +30,18 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from mikv_compile.calibration import calibrate
     from mikv_compile.config import PRESETS, Options
     from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
     from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
     from mikv_compile.regional import compile, uncompile
     from mikv_compile.report import cache_report, explain, graph_reports
+    from mikv_compile.sensitivity import Calibration
 
 __all__ = [
     "PRESETS",
+    "Calibration",
     "EvictedTokensError",
     "KVTensor",
     "MikvError",
@@ -44,6 +49,7 @@ __all__ = [
     "Options",
     "UnusableCacheError",
     "cache_report",
+    "calibrate",
     "compile",
     "explain",
     "graph_reports",

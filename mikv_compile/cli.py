@@ -24,6 +24,7 @@ def make_app() -> Any:
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="torch.compile backend with a compressed cache.")
 
     app.command("coverage")(_coverage_command(typer))
+    app.command("calibrate")(_calibrate_command(typer))
     app.command("eval")(_eval_command(typer))
     app.command("sweep")(_sweep_command(typer))
     return app
@@ -56,6 +57,36 @@ def _coverage_command(typer: Any) -> Callable[..., None]:
         raise typer.Exit(status)
 
     return coverage
+
+
+def _calibrate_command(typer: Any) -> Callable[..., None]:
+    def calibrate(
+        model: Annotated[str, typer.Argument(help="smollm2 (packaged), a folder, a GGUF file, or a name on the hub.")],
+        out: Annotated[Path, typer.Option(help="The plan file to write.")] = Path("plan.json"),
+        budget: Annotated[
+            float, typer.Option(help="Part of a 16-bit cache that the plan takes where the options name no budget.")
+        ] = 0.25,
+        options: Annotated[
+            list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE of the backend; may be repeated.")
+        ] = None,
+        context: Annotated[int, typer.Option(help="Tokens of each text that are compressed.")] = 2048,
+        check: Annotated[
+            list[float] | None,
+            typer.Option(help="A budget, as part of the model's own cache, to run in the end; may be repeated."),
+        ] = None,
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    ) -> None:
+        """Measure what fewer bits and tokens cost each layer, and write a file for the option plan."""
+        from mikv_compile import calibration_command
+
+        status = calibration_command.run(
+            model, out=out, budget=budget, options=options or [], context=context, check=check or [], dtype=dtype,
+            device=device,
+        )  # fmt: skip
+        raise typer.Exit(status)
+
+    return calibrate
 
 
 def _eval_command(typer: Any) -> Callable[..., None]:

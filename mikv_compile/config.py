@@ -69,6 +69,10 @@ class Options:
         metadata={"help": "tiers by hand, highest precision first: 'int8:0.02,k4v2'; tokens beyond all shares go"},
     )
     layers: str | None = field(default=None, metadata={"help": "other tiers for some layers: '0-1=fp; 28-29=int8'"})
+    plan: str | None = field(
+        default=None,
+        metadata={"help": "a file of mikv_compile.calibrate; picks each layer's tiers by what was measured there"},
+    )
     layer_budget: str | None = field(
         default=None, metadata={"help": "'pyramid' gives lower layers larger shares of tokens, 'uniform' all the same"}
     )
@@ -152,7 +156,7 @@ class Options:
             raise _fail("recent_share", share, "a number from 0 to 1")
         if self.lower not in ("inductor", "eager"):
             raise _fail("lower", self.lower, "'inductor' or 'eager'")
-        for name in ("tiers", "layers"):
+        for name in ("tiers", "layers", "plan"):
             if not isinstance(getattr(self, name), str | None):
                 raise _fail(name, getattr(self, name), "a string")
         if not isinstance(self.inductor, Mapping):
@@ -166,6 +170,18 @@ class Options:
                     raise _fail("budget", self.budget, "more than no bytes")
             elif not _is_number(self.budget) or not 0 < self.budget <= 1:
                 raise _fail("budget", self.budget, "a fraction above 0 and at most 1, or a size such as '2GiB'")
+
+        if self.plan is not None:
+            self._check_plan()
+
+    def _check_plan(self) -> None:
+        for name in ("tiers", "layers", "layer_budget"):
+            if getattr(self, name) is not None:
+                raise OptionError(f"options 'plan' and {name!r} both choose the tiers of layers; give one of them")
+        if isinstance(self.budget, str):
+            raise OptionError(
+                f"option 'plan' takes a budget that is a fraction of the dense bytes, such as 0.25, not {self.budget!r}"
+            )
 
     def _check_tiers(self) -> None:
         from mikv_compile.plan import check_tiers

@@ -95,6 +95,19 @@ class KVTensor(torch.Tensor):
         store.register(made)
         return made
 
+    def show(self, store: LayerStore) -> None:
+        """Show the same tokens of another store from now on. Only for a growing cache.
+
+        Raises:
+            MikvError: if the store does not hold them, or has other dimensions.
+        """
+        assert self.store is not None and self._range is not None
+        start, stop = self._range
+        if store.site != self.store.site or not store.base <= start <= stop <= store.end:
+            raise MikvError("the two stores do not hold the same tokens of the same layer")
+        self.store, self.anchor, self._plan = store, store.anchor, store.plan
+        store.register(self)
+
     @property
     def plan(self) -> LayerPlan:
         """The layer's plan; also known of a fake handle."""

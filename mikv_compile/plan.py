@@ -160,7 +160,10 @@ def check_counts_no_layers(options: Options, reason: str) -> None:
     """
     pyramid = options.resolved("layer_budget", "uniform") == "pyramid"
     in_bytes = isinstance(options.budget, str)
-    for name, counts in (("layers", options.layers is not None), ("budget", in_bytes), ("layer_budget", pyramid)):
+    for name, counts in (
+        ("layers", options.layers is not None), ("plan", options.plan is not None), ("budget", in_bytes),
+        ("layer_budget", pyramid),
+    ):  # fmt: skip
         if counts:
             raise OptionError(
                 f"option {name!r} counts the layers of the whole model, but {reason}; compile it with regional=False, "

@@ -47,7 +47,7 @@ class Planner:
         """
         options = self.options
         by_hand = parse_layers(options.layers).get(index)
-        tiers = by_hand or self._chosen(site)
+        tiers = by_hand or self._chosen(index, site)
         if sliding:
             tiers = (*tiers[:1], *tiers[1:][-1:])
             tiers = (*tiers[:-1], replace(tiers[-1], share=None, less=0))

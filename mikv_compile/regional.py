@@ -27,6 +27,7 @@ from mikv_compile.errors import MikvError
 from mikv_compile.lowering import Region
 from mikv_compile.plan import check_counts_no_layers, parse_layers
 from mikv_compile.planner import Planner
+from mikv_compile.sensitivity import layer_tiers
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,10 @@ def _layer_calls(
     overrides: dict[int, Any] = dict(parse_layers(options.layers))
     if options.resolved("layer_budget", "uniform") == "pyramid":
         overrides = {number: overrides.get(number, number) for number in range(len(layers))}
+    if options.plan is not None:
+        kinds = (p.dtype for p in layers[0].parameters() if p.is_floating_point())
+        dtype = next(kinds, torch.get_default_dtype())
+        overrides = dict(enumerate(layer_tiers(options, dtype, len(layers))))
     groups: dict[Any, _Group] = {}
     calls = []
     for number, (layer, own) in enumerate(zip(layers, attributes, strict=True)):
