@@ -14,7 +14,7 @@ BUDGET_LENGTH = 4096
 """Sequence length at which a fractional budget has to leave room for window and sinks."""
 
 ROUNDING = 64
-"""Tokens that the high tier must have to spare, so that whole blocks of a low one with fewer than 8 bits can be filled."""
+"""Tokens that the high tier must have to spare, so that whole blocks of a low one below 8 bits can be filled."""
 
 KEEPING = (("fp", "int8"), ("int8", "int4"), ("int8", "k4v3"), ("int8", "k4v2"))
 """High and low tier that hold all tokens, best first; the budget says how many are in the high one."""
@@ -62,14 +62,16 @@ class Planner:
             tiers = pyramid(tiers, index, site.layers)
         return _plan(options, tiers, site)
 
-    def _chosen(self, site: CacheShape) -> tuple[Tier, ...]:
-        """The tiers that all layers have, if nothing else is said."""
-        budget = self.options.budget
-        if budget is None:
-            return parse_tiers(self.options.resolved("tiers", "fp"))
-        return (
-            tiers_for_bytes(self.options, site) if isinstance(budget, str) else tiers_for_fraction(self.options, site)
-        )
+    def _chosen(self, index: int, site: CacheShape) -> tuple[Tier, ...]:
+        """The tiers by a plan file, a budget or the tiers of all layers."""
+        options = self.options
+        if options.plan is not None:
+            from mikv_compile.sensitivity import planned  # it needs the planner's own parts
+
+            return planned(options, index, site)
+        if options.budget is None:
+            return parse_tiers(options.resolved("tiers", "fp"))
+        return (tiers_for_bytes if isinstance(options.budget, str) else tiers_for_fraction)(options, site)
 
 
 def _plan(options: Options, tiers: tuple[Tier, ...], site: CacheShape) -> LayerPlan:
