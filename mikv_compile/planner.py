@@ -60,6 +60,10 @@ class Planner:
                     replace(t, share=max(t.share - block, 0)) if isinstance(t.share, int) else t for t in tiers
                 )
             tiers = pyramid(tiers, index, site.layers)
+        chosen_here = by_hand is None and not (options.budget is None and options.plan is None)
+        if chosen_here and tiers[-1].is_bounded and options.resolved("policy", "snapkv") == "snapkv":
+            # Measured (docs/fidelity.md): where tokens are lost for good, those of large values are better kept.
+            options = options.replace(value_norm=options.resolved("value_norm", True))
         return _plan(options, tiers, site)
 
     def _chosen(self, index: int, site: CacheShape) -> tuple[Tier, ...]:

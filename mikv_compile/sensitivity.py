@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of the file's form."""
 
+PACKAGED = Path(__file__).parent / "plans"
+"""Calibrations that come with the package."""
+
 BITS = (8, 4, 3, 2)
 """Widths that keys or values of a layer may get; 8 is what the others are measured against."""
 
@@ -237,12 +240,14 @@ class Calibration:
 
 
 def load(path: str) -> Calibration:
-    """The calibration in a file, read again only when the file has changed.
+    """The calibration in a file, read again only when the file has changed; or one of the package's, by its name.
 
     Raises:
         OptionError: as :meth:`Calibration.load`.
     """
     place = Path(path)
+    if not place.exists() and place.name == path and (PACKAGED / f"{path}.json").exists():
+        place = PACKAGED / f"{path}.json"
     try:
         status = place.stat()
     except OSError:
