@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mikv_compile.kernels.formats import SideFormat
-from mikv_compile.quantizers import clip, flexgen, gptq, hqq, kivi, mikv, nuq, rotate
+from mikv_compile.quantizers import clip, flexgen, gptq, hqq, kivi, mikv, nuq, rotate, rtn
 
 Side = Callable[[int, int, bool], SideFormat]
 """``(bits, dim, entry) -> SideFormat`` for 8, 4, 3 or 2 bits and a head dimension. ``entry`` is true for tier 0, where
@@ -39,6 +39,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "mikv": Quantizer(mikv.key, mikv.value),
     "nuq": Quantizer(nuq.key, nuq.value, rotates="v"),
     "rotate": Quantizer(rotate.key, rotate.value, rotates="kv"),
+    "rtn": Quantizer(rtn.key, rtn.value),
 }
 
 
