@@ -87,7 +87,8 @@ class Options:
         default=None, metadata={"help": "weigh a token's score by the norm of its value; 'expected' does by itself"}
     )
     quantizer: str | None = field(
-        default=None, metadata={"help": "how tokens become codes: kivi, clip, gptq, rotate, mikv, rtn, flexgen, hqq, nuq"}
+        default=None,
+        metadata={"help": "how tokens become codes: kivi, clip, gptq, rotate, mikv, rtn, flexgen, hqq, nuq"},
     )
     key_quantizer: str | None = field(default=None, metadata={"help": "the same for keys alone"})
     value_quantizer: str | None = field(default=None, metadata={"help": "the same for values alone"})
