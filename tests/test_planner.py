@@ -1,0 +1,120 @@
+"""Budgets against the true bytes of stores, and what generated tokens do to a full cache."""
+
+import pytest
+import torch
+from decoder import Decoder
+
+from mikv_compile import OptionError, Options, cache_report
+from mikv_compile.plan import CacheShape
+from mikv_compile.planner import Planner
+from mikv_compile.store import LayerStore
+
+BUDGETS = (0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.55, 0.7, 0.9)
+SHAPES = {
+    "llama-8b": CacheShape(1, 8, 128, 128, torch.bfloat16, 32),
+    "smollm2-135m": CacheShape(1, 3, 64, 64, torch.float16, 30),
+    "gemma-2b": CacheShape(1, 1, 256, 256, torch.bfloat16, 18),
+    "phi-2": CacheShape(1, 32, 80, 80, torch.float16, 32),
+    "keys and values apart": CacheShape(2, 4, 192, 128, torch.float16, 27),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("length", [3000, 4096, 8191])
+def test_true_bytes_are_those_of_the_budget(shape, length):
+    for budget in BUDGETS:
+        plan = Planner(Options(budget=budget)).layer(0, shape)
+        counts = plan.fill(length).counts
+        store = LayerStore(plan, shape, torch.device("cpu"), counts)
+        spent = store.nbytes / shape.dense_nbytes(length) / budget
+        assert 0.97 <= spent <= 1.0101 + (length < 4096) * 0.01, (budget, str(plan.format), counts)
+        assert (
+            plan.nbytes(length, shape.batch, shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype)
+            == store.nbytes
+        )
+
+
+@pytest.mark.parametrize("budget", [0.08, 0.12, 0.3])
+def test_a_compiled_model_keeps_to_its_budget(budget):
+    decoder = Decoder(layers=1, heads=2, kv_heads=2, dim=64, dtype=torch.float16)
+    fast = torch.compile(decoder, backend="mikv", options={"lower": "eager", "budget": budget})
+    cache = decoder.new_cache()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        fast(torch.randn(1, 4096, 128, dtype=torch.float16), cache)
+    assert 0.97 * budget <= cache_report(cache).ratio <= 1.01 * budget
+
+
+def test_a_budget_that_window_and_sinks_exceed_is_refused():
+    with pytest.raises(OptionError, match=r"below the least that window=64 and sinks=4 allow here, 0\.0"):
+        Planner(Options(budget=0.005)).layer(0, SHAPES["llama-8b"])
+
+
+def test_shares_less_some_tokens():
+    plan = Planner(Options(tiers="int8:0.1-20,k4v2:0.5-30")).layer(0, SHAPES["llama-8b"])
+    assert plan.tiers[0].quota(1000) == 80 and plan.tiers[1].quota(1000) == 470 and plan.tiers[1].quota(40) == 0
+    with pytest.raises(OptionError, match="neither from 0 to 1, nor such a part less some tokens"):
+        Options(tiers="int8:0.1-x,k4v2")
+
+
+# Generation in plans that evict
+
+
+def generated(tokens, steps, **options):
+    """Positions in each tier of one store's first head, after a prompt and so many single tokens."""
+    decoder = Decoder(layers=1, heads=2, kv_heads=2, dim=16)
+    fast = torch.compile(decoder, backend="mikv", options={"lower": "eager", **options})
+    cache = decoder.new_cache()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        fast(torch.randn(1, tokens, 32), cache)
+        store = cache.keys[0].store
+        prompt = [set(t.positions[0, 0, :n].tolist()) for t, n in zip(store.typed().tiers, store.counts, strict=True)]
+        order = store.typed().tiers[-1].positions[0, 0, : store.counts[-1]].tolist()
+        for _ in range(steps):
+            fast(torch.randn(1, 1, 32), cache)
+    store = cache.keys[0].store
+    after = [set(t.positions[0, 0, :n].tolist()) for t, n in zip(store.typed().tiers, store.counts, strict=True)]
+    assert [len(found) for found in after] == list(store.counts)  # no token is there twice
+    return prompt, order, after, store
+
+
+def test_generated_tokens_take_the_place_of_the_least_important_of_a_prompt():
+    prompt, order, after, store = generated(600, 300, tiers="int8:0.0,int4:0.5", window=16, sinks=2)
+    newest = set(range(600, 900))
+    assert newest <= after[0] | after[1]  # none of them is lost
+    assert after[0] & set(range(2)) == {0, 1}
+    lost = set(order) - after[1]
+    grown = store.counts[1] - len(order)
+    assert len(lost) > 100 and grown > 100
+    # Blocks at the end, which hold the lowest scores, have gone first.
+    assert lost == set(order[len(order) - len(lost) :])
+    assert store.counts[1] <= 450
+
+
+def test_when_the_whole_prompt_is_replaced_the_oldest_tokens_go():
+    _, _, after, store = generated(100, 700, tiers="int8:0.0,int4:128", window=8, sinks=0)
+    assert store.counts[1] <= 128
+    kept = after[0] | after[1]
+    assert max(kept) == 799 and set(range(800 - 128, 800)) <= kept
+
+
+def test_a_branch_that_goes_on_elsewhere_is_not_touched():
+    import copy
+
+    decoder = Decoder(layers=1, heads=2, kv_heads=2, dim=16)
+    fast = torch.compile(
+        decoder, backend="mikv", options={"lower": "eager", "tiers": "int8:0.0,int4:0.5", "window": 16}
+    )
+    cache = decoder.new_cache()
+    torch.manual_seed(0)
+    xs = [torch.randn(1, n, 32) for n in (600, *[1] * 200)]
+    with torch.no_grad():
+        fast(xs[0], cache)
+        other = copy.deepcopy(cache)
+        for x in xs[1:]:
+            fast(x, cache)
+        again = [fast(x, other) for x in xs[1:]]
+        third = decoder.new_cache()
+        fast(xs[0], third)
+        assert all(torch.equal(fast(x, third), want) for x, want in zip(xs[1:], again, strict=True))
