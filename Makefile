@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test bench peers lint clean
+.PHONY: demo test bench fidelity fidelity-report peers lint clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python examples/smollm2_demo.py $(ARGS)
@@ -15,6 +15,23 @@ test: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks all $(ARGS)
+
+# What docs/fidelity.md shows: hours of measuring, which goes on where it was stopped. The peers join if `make peers` ran.
+FIDELITY := benchmarks/results/fidelity
+fidelity: $(STAMPS)/bench
+	$(BIN)/mikv sweep fidelity --out $(FIDELITY)
+	if [ -d .venv-peers ]; then .venv-peers/bin/mikv sweep benchmarks/peers/peers.toml --out $(FIDELITY); fi
+	if [ -d .venv-kvpress ]; then .venv-kvpress/bin/mikv sweep benchmarks/peers/kvpress.toml --out $(FIDELITY); fi
+	$(BIN)/mikv sweep needle --out $(FIDELITY)/needle
+	$(BIN)/mikv sweep mikv_paper --out $(FIDELITY)/mikv_paper
+	$(BIN)/mikv sweep tokens_precision --out $(FIDELITY)/tokens_precision
+
+# Only tables and pictures, from the results that are there.
+fidelity-report: $(STAMPS)/bench
+	for suite in fidelity needle mikv_paper tokens_precision; do \
+	  folder=$(FIDELITY)/$$suite; [ $$suite = fidelity ] && folder=$(FIDELITY); \
+	  $(BIN)/mikv sweep $$suite --out $$folder --report; \
+	done
 
 # Environments of their own for what the evaluation compares with: .venv-peers and .venv-kvpress.
 peers:
@@ -48,7 +65,7 @@ $(STAMPS)/demo: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
 	touch $@
 
 $(STAMPS)/bench: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
-	$(PIP) install -c constraints.txt -e ".[bench]"
+	$(PIP) install -c constraints.txt -e ".[bench,eval]"
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
