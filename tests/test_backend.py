@@ -306,7 +306,8 @@ def test_a_kernel_that_cannot_be_built_falls_back_with_one_warning(monkeypatch, 
         raise dispatch.BuildError("no compiler")
 
     module = type("module", (), dict.fromkeys(dispatch._IMPLEMENTATIONS["cpp"], staticmethod(broken)))
-    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module)
+    real, built = dispatch.importlib.import_module, set(dispatch._IMPLEMENTATIONS["cpp"].values())
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: module if name in built else real(name))
     monkeypatch.setattr(dispatch, "_failed", set())
     monkeypatch.setattr(dispatch, "_forced", "cpp")
     messages = []

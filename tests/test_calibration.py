@@ -225,8 +225,8 @@ def test_full_budget_keeps_everything():
 
 
 def test_a_budget_below_the_least():
-    with pytest.raises(OptionError, match=r"budget=0.01 is below the least .* 0\.0\d\d; raise it"):
-        table([1, 1]).tiers(0.01)
+    with pytest.raises(OptionError, match=r"budget=0.005 is below the least .* 0\.0\d\d; raise it"):
+        table([1, 1]).tiers(0.005)
 
 
 def test_a_sliding_layer_evicts_nothing():
