@@ -274,12 +274,12 @@ class LayerPlan:
 
         Tokens leave tier 0 once at least ``flush_every`` of them can go. Tokens that a lower tier is due, but that do
         not fill one of its blocks yet, wait in tier 0. In a plan that evicts, tokens that leave tier 0 go to the last
-        tier, and where that is full they take the place of a prompt's least important tokens, later of the oldest; a
-        plan of one tier evicts them.
+        tier, and where that is full they take the place of a prompt's less important half, the least important first,
+        and then of each other, the oldest first; a plan of one tier evicts them.
 
         Args:
-            recycled: slots of the last tier that a prompt filled in order of importance, and how many tokens have
-                taken the place of others since.
+            recycled: slots of the last tier that stay as they are, and the slot below which the next tokens are
+                overwritten; see :meth:`recycling`.
         """
         after = length + new
         excess = max(counts[0] + new - self.high_target(after), 0)
@@ -293,7 +293,7 @@ class LayerPlan:
             block = self.format.tiers[-1].block
             evicted = left // block * block
             if moves:
-                at, replaced = _recycle(counts[-1] // block * block, recycled, evicted)
+                at, replaced = _recycle(recycled, evicted)
                 moves[-1] += replaced
                 evicted -= replaced
         victims = sum(moves) + evicted
@@ -301,6 +301,20 @@ class LayerPlan:
             victims, replaced, at, moves = 0, 0, 0, [0] * len(moves)
         orders = Orders(length, self.sinks, self.recent_from(after), counts, victims, tuple(moves))
         return orders._replace(replaced=replaced, replaced_at=at) if replaced else orders
+
+    def recycling(self, count: int) -> tuple[int, int]:
+        """What :meth:`step` may overwrite of a last tier whose ``count`` tokens lie in order of importance."""
+        if not self.evicts or len(self.tiers) < 2:
+            return 0, 0
+        block = self.format.tiers[-1].block
+        return count // 2 // block * block, count // block * block
+
+    def recycled(self, before: tuple[int, int], orders: Orders) -> tuple[int, int]:
+        """The same after a call: the cursor goes down, and from where nothing is left below it back to the end."""
+        kept, cursor = before
+        cursor = orders.replaced_at if orders.replaced else cursor
+        end = orders.lower_counts[-1] if orders.moves else 0
+        return kept, end // self.format.tiers[-1].block * self.format.tiers[-1].block if cursor <= kept else cursor
 
     def capacities(self, counts: tuple[int, ...], old: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Slots to allocate for ``counts`` tokens in each tier.
@@ -406,16 +420,11 @@ def make(
     )
 
 
-def _recycle(count: int, recycled: tuple[int, int], wanted: int) -> tuple[int, int]:
+def _recycle(recycled: tuple[int, int], wanted: int) -> tuple[int, int]:
     """First slot, and number, of the tokens of a tier that are overwritten next; at most ``wanted``, all neighbours."""
-    ranked, done = recycled
-    if not count:
-        return 0, 0
-    if done < ranked:  # a prompt's blocks, the least important of which lie at the end
-        taken = min(wanted, ranked - done)
-        return ranked - done - taken, taken
-    at = (done - ranked) % count
-    return at, min(wanted, count - at)
+    kept, cursor = recycled
+    taken = max(min(wanted, cursor - kept), 0)
+    return cursor - taken, taken
 
 
 def _slot_bytes(fmt: TierFormat, key_dim: int, value_dim: int, itemsize: int = 2) -> float:

@@ -165,8 +165,7 @@ class LayerStore:
             # A victim can be any unprotected token, so only tokens that were protected are surely still in tier 0.
             self._exact_from = orders.recent_from
         self.counts = (orders.counts[0] + new - orders.victims, *orders.lower_counts)
-        ranked, done = self._recycled
-        self._recycled = (ranked, done + orders.replaced)
+        self._recycled = self.plan.recycled(self._recycled, orders)
         self.length = orders.length + new
         self._derived = None
         self._trim()
@@ -177,7 +176,7 @@ class LayerStore:
         self._derived = None
         self.counts, self.length = orders.counts, length
         self._exact_from = orders.recent_from if sum(orders.counts[1:]) or self.evicted else 0
-        self._recycled = (self.counts[-1] if self.evicted and len(self.counts) > 1 else 0, 0)
+        self._recycled = self.plan.recycling(self.counts[-1])
 
     def _trim(self) -> None:
         """Give back tier 0's slots that a long chunk needed for one call."""
@@ -693,7 +692,9 @@ class LayerStore:
         by_score = score.argsort(dim=2, stable=True)
         stop = kept
         for i, count in enumerate(orders.counts):
-            index = by_score[:, :, stop - count : stop].sort(dim=2).values
+            # In plans that evict, the oldest lie at the end of the last tier, where tokens are overwritten first.
+            oldest_last = i == len(orders.counts) - 1 > 0 and self.plan.evicts
+            index = by_score[:, :, stop - count : stop].sort(dim=2, descending=oldest_last).values
             run(
                 "write_tokens", self.device, stored.tiers[i], self.plan.format.tiers[i], 0,
                 k, v, index, 0, position.to(torch.int32), balancer,
@@ -702,7 +703,7 @@ class LayerStore:
                 stored.scores[:, :, :count] = kept_scores.gather(2, index)
             stop -= count
         self.recompressed += 1
-        self.counts, self.length, self._recycled = orders.counts, length, (0, 0)
+        self.counts, self.length, self._recycled = orders.counts, length, self.plan.recycling(orders.counts[-1])
         # A head that had lost some of the newest tokens has older ones in their place.
         self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
 

@@ -92,11 +92,13 @@ def test_generated_tokens_take_the_place_of_the_least_important_of_a_prompt():
     assert store.counts[1] <= 450
 
 
-def test_when_the_whole_prompt_is_replaced_the_oldest_tokens_go():
-    _, _, after, store = generated(100, 700, tiers="int8:0.0,int4:128", window=8, sinks=0)
-    assert store.counts[1] <= 128
-    kept = after[0] | after[1]
-    assert max(kept) == 799 and set(range(800 - 128, 800)) <= kept
+def test_the_important_half_of_a_prompt_stays_and_generated_tokens_replace_each_other():
+    _, order, after, store = generated(300, 900, tiers="int8:0.0,int4:128", window=8, sinks=0)
+    assert store.counts[1] == 128 == len(order)
+    assert set(order[:64]) <= after[1]  # the more important half, for good
+    newest = set(range(1200 - 8 - 64, 1200))
+    assert newest <= after[0] | after[1] and max(after[0]) == 1199
+    assert all(place < 300 or place >= 1000 for place in after[1])  # nothing old that nobody chose
 
 
 def test_a_branch_that_goes_on_elsewhere_is_not_touched():
