@@ -53,7 +53,8 @@ def key_guide(q: torch.Tensor, k: torch.Tensor) -> Guide | None:
         q: [B, H_q, R, D], of which the last rows are looked at. k: [B, H_kv, T, D].
 
     Returns:
-        None without queries or keys, or where the second moments are not finite.
+        None without queries or keys. A head whose second moments are not finite, or 0, has the identity for a factor:
+        its channels are rounded one by one.
     """
     batch, kv_heads, tokens, dim = k.shape
     if not (q.shape[2] and tokens and batch):
@@ -62,14 +63,17 @@ def key_guide(q: torch.Tensor, k: torch.Tensor) -> Guide | None:
     rows = rows.reshape(batch, kv_heads, -1, dim)
     moments = rows.transpose(2, 3) @ rows / rows.shape[2]
     weight = moments.diagonal(dim1=2, dim2=3)
-    spread = weight.mean(dim=2, keepdim=True)
-    if not bool(moments.isfinite().all()) or not bool((spread > 0).all()):
-        return None
-    moments = moments + torch.diag_embed((DAMPING * spread).expand_as(weight))
+    # A head without a guide rounds channel by channel; the others need not know.
+    good = moments.isfinite().all(dim=3).all(dim=2) & (weight.mean(dim=2) > 0)
+    unit = torch.eye(dim, dtype=moments.dtype, device=k.device)
+    moments = torch.where(good[..., None, None], moments, unit)
+    weight = moments.diagonal(dim1=2, dim2=3)
+    moments = moments + torch.diag_embed((DAMPING * weight.mean(dim=2, keepdim=True)).expand_as(weight))
     order = (weight * k.float().var(dim=2, correction=0)).argsort(dim=2, descending=True)
     ordered = moments.gather(2, order[..., None].expand_as(moments)).gather(3, order[:, :, None].expand_as(moments))
     factor, failed = torch.linalg.cholesky_ex(torch.linalg.inv(ordered), upper=True)
-    return None if bool(failed.any()) else Guide(order, factor.float())
+    factor = torch.where((failed == 0)[..., None, None] & good[..., None, None], factor, unit)
+    return Guide(order, factor.float())
 
 
 def fit(x: torch.Tensor, bits: int, how: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

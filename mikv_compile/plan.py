@@ -269,7 +269,7 @@ class LayerPlan:
         moves = (0,) * (len(counts) - 1)
         return Orders(0, self.sinks, self.recent_from(length), tuple(counts), 0, moves)
 
-    def step(self, length: int, counts: tuple[int, ...], new: int, recycled: tuple[int, int] = (0, 0)) -> Orders:
+    def step(self, length: int, counts: tuple[int, ...], new: int, recycled: tuple[int, int] | None = None) -> Orders:
         """What happens when ``new`` tokens are appended to ``length`` earlier ones.
 
         Tokens leave tier 0 once at least ``flush_every`` of them can go. Tokens that a lower tier is due, but that do
@@ -279,7 +279,7 @@ class LayerPlan:
 
         Args:
             recycled: slots of the last tier that stay as they are, and the slot below which the next tokens are
-                overwritten; see :meth:`recycling`.
+                overwritten; see :meth:`recycling`. None: nothing may be.
         """
         after = length + new
         excess = max(counts[0] + new - self.high_target(after), 0)
@@ -287,13 +287,13 @@ class LayerPlan:
         for tier, fmt, count in zip(self.tiers[1:], self.format.tiers[1:], counts[1:], strict=True):
             due = left if tier.share is None else min(max(tier.quota(after) - count, 0), left)
             moves.append(due // fmt.block * fmt.block)
-            left -= moves[-1]
+            left -= due
         evicted = replaced = at = 0
         if self.evicts:
             block = self.format.tiers[-1].block
             evicted = left // block * block
-            if moves:
-                at, replaced = _recycle(recycled, evicted)
+            if moves and recycled is not None:
+                at, replaced = _recycle(counts[-1] // block * block, recycled, evicted)
                 moves[-1] += replaced
                 evicted -= replaced
         victims = sum(moves) + evicted
@@ -304,14 +304,16 @@ class LayerPlan:
 
     def recycling(self, count: int) -> tuple[int, int]:
         """What :meth:`step` may overwrite of a last tier whose ``count`` tokens lie in order of importance."""
-        if not self.evicts or len(self.tiers) < 2:
-            return 0, 0
+        if not count or not self.evicts or len(self.tiers) < 2:
+            return -1, 0  # tokens will come one after the other: a ring, upwards from the oldest
         block = self.format.tiers[-1].block
         return count // 2 // block * block, count // block * block
 
     def recycled(self, before: tuple[int, int], orders: Orders) -> tuple[int, int]:
         """The same after a call: the cursor goes down, and from where nothing is left below it back to the end."""
         kept, cursor = before
+        if kept < 0:
+            return kept, orders.replaced_at + orders.replaced if orders.replaced else cursor
         cursor = orders.replaced_at if orders.replaced else cursor
         end = orders.lower_counts[-1] if orders.moves else 0
         return kept, end // self.format.tiers[-1].block * self.format.tiers[-1].block if cursor <= kept else cursor
@@ -389,6 +391,8 @@ def make(
         ("v", value_quantizer, any(not f.value.is_float for f in formats)),
     ):
         rotated += letter if coded and letter in quantizer.rotates else ""
+    if dtype is torch.float16 and any(f.key.is_float or f.value.is_float for f in formats):
+        rotated = ""  # a rotation can gather a vector in one channel, beyond the range of a float16 tier
     name = options.resolved("policy", "snapkv")
     policy, heads = POLICIES[name], options.resolved("heads", "sum")
     evicts = tiers[-1].is_bounded
@@ -420,10 +424,15 @@ def make(
     )
 
 
-def _recycle(recycled: tuple[int, int], wanted: int) -> tuple[int, int]:
+def _recycle(count: int, recycled: tuple[int, int], wanted: int) -> tuple[int, int]:
     """First slot, and number, of the tokens of a tier that are overwritten next; at most ``wanted``, all neighbours."""
     kept, cursor = recycled
-    taken = max(min(wanted, cursor - kept), 0)
+    if kept < 0:
+        taken = min(wanted, count)
+        return cursor if cursor + taken <= count else 0, taken
+    taken = max(min(wanted, count - kept), 0)
+    if cursor - kept < taken:
+        cursor = count  # one range has to do: a long chunk begins anew at the end
     return cursor - taken, taken
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mikv_compile.config import Options, parse_size
 from mikv_compile.errors import OptionError
 from mikv_compile.kernels.formats import buffer_shapes
-from mikv_compile.plan import GROWTH, CacheShape, LayerPlan, Tier, make, parse_layers, parse_tiers, pyramid
+from mikv_compile.plan import FIRST_STEP, GROWTH, CacheShape, LayerPlan, Tier, make, parse_layers, parse_tiers, pyramid
 
 BUDGET_LENGTH = 4096
 """Sequence length at which a fractional budget has to leave room for window and sinks."""
@@ -60,9 +60,9 @@ class Planner:
                     replace(t, share=max(t.share - block, 0)) if isinstance(t.share, int) else t for t in tiers
                 )
             tiers = pyramid(tiers, index, site.layers)
-        chosen_here = by_hand is None and not (options.budget is None and options.plan is None)
-        if chosen_here and tiers[-1].is_bounded and options.resolved("policy", "snapkv") == "snapkv":
-            # Measured (docs/fidelity.md): where tokens are lost for good, those of large values are better kept.
+        by_budget = by_hand is None and options.budget is not None and options.plan is None
+        if by_budget and tiers[-1].is_bounded and options.resolved("policy", "snapkv") == "snapkv":
+            # Where tokens are lost for good, those of large values are better kept (docs/fidelity.md).
             options = options.replace(value_norm=options.resolved("value_norm", True))
         return _plan(options, tiers, site)
 
@@ -83,9 +83,10 @@ def _plan(options: Options, tiers: tuple[Tier, ...], site: CacheShape) -> LayerP
 
 
 def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
-    """Tiers whose bytes are ``budget`` times the dense bytes, at any length that leaves room for window and sinks.
+    """Tiers whose bytes are ``budget`` times the dense bytes, from ``BUDGET_LENGTH`` tokens on.
 
-    What is of one size at any length is taken off a share (``0.41-85``), so short prompts keep to the budget as well.
+    What is of one size at any length is taken off a share (``0.41-85``), so longer prompts do not leave bytes unused.
+    In short ones, window and sinks may alone be more than their part: 2 % above at 2,048 tokens, 10 % at 1,024.
     While tokens are generated, up to ``flush_every`` of them wait in the high tier on top.
 
     Raises:
@@ -106,7 +107,8 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     for high, low in KEEPING:
         of_high, of_low, fixed = slots(high, low)
         share = (per_token - of_low) / (of_high - of_low)
-        less = math.ceil(always + fixed / (of_high - of_low))
+        # Capacities are rounded up, which the share pays for in advance.
+        less = math.ceil(always + (fixed + FIRST_STEP * of_high) / (of_high - of_low))
         if share * BUDGET_LENGTH >= less + (ROUNDING if low != "int8" else 0):
             return parse_tiers(f"{high}:{_floor(min(share, 1.0))}-{less},{low}")
     high, low, high_share = EVICTING
@@ -114,7 +116,7 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     share = (per_token - of_high * high_share) / of_low
     if share * BUDGET_LENGTH < (of_high * always + fixed) / of_low:  # the few most important tokens are not affordable
         high_share, share = 0.0, per_token / of_low
-    less = math.ceil((of_high * always + fixed) / of_low)
+    less = math.ceil((of_high * (always + FIRST_STEP / 2) + fixed) / of_low)
     if share * BUDGET_LENGTH < less:
         least = less * of_low / BUDGET_LENGTH / (site.key_dim + site.value_dim) / site.dtype.itemsize
         raise OptionError(

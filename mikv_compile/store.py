@@ -65,7 +65,7 @@ class LayerStore:
         self._handles: dict[int, weakref.ref[KVTensor | PreallocatedKV]] = {}
         self._derived: tuple[object, Role, weakref.ref[LayerStore]] | None = None
         self._exact_from = 0
-        self._recycled = (0, 0)
+        self._recycled = (-1, 0)
         self._pending: dict[Role, tuple[int, torch.Tensor]] = {}
         self.capacities = plan.capacities(counts or self.counts)
         self.buffers = self._allocate(self.capacities)
@@ -241,7 +241,7 @@ class LayerStore:
         """Drop all tokens and give their memory back; also makes an unusable store usable again."""
         self._spoiled, self._derived, self._pending, self.untouched = None, None, {}, False
         self.base = self.start = self.length = self._exact_from = 0
-        self._recycled = (0, 0)
+        self._recycled = (-1, 0)
         self.counts = (0,) * len(self.counts)
         self.capacities = self.plan.capacities(self.counts)
         self.buffers = self._allocate(self.capacities)

@@ -27,7 +27,8 @@ def test_true_bytes_are_those_of_the_budget(shape, length):
         counts = plan.fill(length).counts
         store = LayerStore(plan, shape, torch.device("cpu"), counts)
         spent = store.nbytes / shape.dense_nbytes(length) / budget
-        assert 0.97 <= spent <= 1.0101 + (length < 4096) * 0.01, (budget, str(plan.format), counts)
+        least, most = (0.97, 1.01) if length >= 4096 else (0.965, 1.02)
+        assert least <= spent <= most, (budget, str(plan.format), counts)
         assert (
             plan.nbytes(length, shape.batch, shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype)
             == store.nbytes
@@ -120,3 +121,17 @@ def test_a_branch_that_goes_on_elsewhere_is_not_touched():
         third = decoder.new_cache()
         fast(xs[0], third)
         assert all(torch.equal(fast(x, third), want) for x, want in zip(xs[1:], again, strict=True))
+
+
+def test_a_long_chunk_finds_room_wherever_the_cursor_is():
+    plan = Planner(Options(tiers="int8:4,int4:256", window=16, sinks=0)).layer(0, SHAPES["smollm2-135m"])
+    for cursor in (256, 192, 128, 64):
+        orders = plan.step(800, (20, 256), 1000, (64, cursor))
+        assert orders.replaced == 192 and orders.replaced_at == 64
+
+
+def test_without_a_prompt_the_oldest_tokens_are_replaced_first():
+    _, order, after, store = generated(1, 500, tiers="int8:0.0,int4:128", window=8, sinks=0)
+    assert not order and store.counts[1] == 128
+    kept = sorted(after[0] | after[1])
+    assert kept == list(range(501 - len(kept), 501))

@@ -123,13 +123,22 @@ def test_the_kernel_rounds_under_guidance_as_the_reference_does():
         assert torch.equal(got, want)
 
 
-def test_no_guide_from_nothing_or_from_what_is_no_number():
+def test_no_guide_from_nothing():
     q, k, _ = guided()
     assert fit.key_guide(q[:, :, :0], k) is None
     assert fit.key_guide(q, k[:, :, :0]) is None
-    assert fit.key_guide(torch.zeros_like(q), k) is None
-    q[0, 0, -1, 0] = math.nan
-    assert fit.key_guide(q, k) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, 0.0])
+def test_a_head_without_a_guide_leaves_the_others_theirs(bad):
+    q, k, guide = guided()
+    q[0, :2] = bad  # the query heads of one KV head
+    found = fit.key_guide(q, k)
+    assert torch.equal(found.factor[0, 0], torch.eye(64))
+    for got, want in zip(found, guide, strict=True):
+        assert torch.equal(got[1], want[1]) and torch.equal(got[0, 1], want[0, 1])
+    fmt = SideFormat(3, 64, 1, fit="gptq")
+    assert torch.equal(read(k, fmt, found)[0, 0], read(k, fmt)[0, 0])
 
 
 def test_the_kernel_leaves_to_the_reference_what_it_does_not_know():
