@@ -9,12 +9,15 @@ import torch
 
 from mikv_compile.kernels import ranking, rotation
 from mikv_compile.kernels.dispatch import run
-from mikv_compile.kernels.fit import key_guide
+from mikv_compile.kernels.fit import Guide, key_guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.quantize import channel_balancer
 
 WORTH_STEP = 64
 """Tokens of one worth where a plan evicts and no block is prescribed."""
+
+ROTATED_CHUNK = 512
+"""Tokens of a prompt that are rotated at a time."""
 
 READ_CHUNK = 2048
 """Slots of a tier that :func:`read` dequantizes at a time."""
@@ -63,28 +66,59 @@ def compress(
         scores: [B, H_kv, T] float32; the highest go to tier 0. May have no elements when all tokens go to tier 0.
         orders: ``counts`` tokens go to each tier; tokens beyond their sum are evicted. The first has position 0.
     """
-    tokens, has_queries = k.shape[2], q is not k
-    chosen_by = v
-    q, k, v = rotation.as_stored(fmt, q, k, v=v)
-    guided = has_queries and any(tier.key.fit == "gptq" for tier in fmt.tiers)
-    guide = key_guide(q, k) if guided else None
+    tokens = k.shape[2]
+    # Moments do not change by a rotation of keys that are rounded with a guide: those are never rotated.
+    guide = key_guide(q, k) if q is not k and any(tier.key.fit == "gptq" for tier in fmt.tiers) else None
     balancer = None
     if fmt.is_balanced:
         balancer = channel_balancer(q, k)
         buffers.balancer.copy_(balancer)
     if orders.counts[0] == tokens:
-        run("write_tokens", k.device, buffers.tiers[0], fmt.tiers[0], 0, k, v, None, 0, None, balancer, guide)
+        _write_prompt(buffers, fmt, 0, k, v, None, balancer, guide)
         if fmt.has_scores:
             buffers.scores[:, :, :tokens] = scores
         return
-    ranks = ranking.prompt_ranks(scores, chosen_by, fmt)
+    ranks = ranking.prompt_ranks(scores, v, fmt)
     chosen = list(run("select_tokens", k.device, ranks, orders))
     if len(chosen) > 1 and sum(orders.counts) < tokens:
         chosen[-1] = _by_worth(chosen[-1], ranks, fmt.tiers[-1].block)
-    for i, (tier, tier_fmt, index) in enumerate(zip(buffers.tiers, fmt.tiers, chosen, strict=True)):
-        run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer, guide)
+    for i, index in enumerate(chosen):
+        _write_prompt(buffers, fmt, i, k, v, index, balancer, guide)
         if i == 0 and fmt.has_scores:
             buffers.scores[:, :, : index.shape[2]] = scores.gather(2, index)
+
+
+def _write_prompt(
+    buffers: StoreBuffers,
+    fmt: LayerFormat,
+    number: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: torch.Tensor | None,
+    balancer: torch.Tensor | None,
+    guide: Guide | None,
+) -> None:
+    """Write a prompt's tokens ``index`` [B, H_kv, N] (None: all) into an empty tier."""
+    tier, tier_fmt = buffers.tiers[number], fmt.tiers[number]
+    if not fmt.rotated:
+        run("write_tokens", k.device, tier, tier_fmt, 0, k, v, index, 0, None, balancer, guide)
+        return
+    # Piece by piece: a rotated copy of the whole prompt would weigh as much as a layer's values.
+    count, step = (
+        k.shape[2] if index is None else index.shape[2],
+        max(ROTATED_CHUNK // tier_fmt.block, 1) * tier_fmt.block,
+    )
+    for begin in range(0, count, step):
+        if index is None:
+            parts = (x[:, :, begin : begin + step] for x in (k, v))
+            places = None
+        else:
+            part = index[:, :, begin : begin + step]
+            parts = (x.gather(2, part[..., None].expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+            places = part.to(torch.int32)
+        k_part, v_part = parts
+        stored = rotation.as_stored(fmt, k_part, v=v_part)
+        run("write_tokens", k.device, tier, tier_fmt, begin, *stored, None, begin, places, balancer, guide)
 
 
 def _by_worth(index: torch.Tensor, ranks: torch.Tensor, block: int) -> torch.Tensor:
