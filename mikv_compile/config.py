@@ -128,7 +128,7 @@ class Options:
         from mikv_compile.policies import POLICIES
         from mikv_compile.quantizers import QUANTIZERS
 
-        for name in ("preset", "policy", "quantizer", "key_quantizer", "value_quantizer", "heads", "layer_budget"):
+        for name in ("preset", "policy", "quantizer", "key_quantizer", "value_quantizer"):
             if not isinstance(getattr(self, name), str | None):
                 raise _fail(name, getattr(self, name), "a name")
         if self.preset not in PRESETS:
