@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from mikv_compile.errors import OptionError
 
 if TYPE_CHECKING:
     from mikv_compile.config import Options
-    from mikv_compile.plan import CacheShape, Tier
+    from mikv_compile.plan import CacheShape, LayerPlan, Tier
 
 VERSION = 1
 """Of the file's form."""
@@ -29,14 +29,17 @@ PACKAGED = Path(__file__).parent / "plans"
 BITS = (8, 4, 3, 2)
 """Widths that keys or values of a layer may get; 8 is what the others are measured against."""
 
-KEPT = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.0)
-"""Parts of the tokens that a layer may keep, besides its window and sinks.
+KEPT = (1.0, 0.75, 0.5, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0)
+"""Parts of the tokens that a layer may keep, window and sinks among them; with 0 they are all.
 
 Few, as every distinct plan is compiled once.
 """
 
-HIGH = (0.02, 0.01)
-"""Part of the tokens at 8 bits in a layer that keeps all tokens, and in one that evicts."""
+HIGH = (0.035, 0.01)
+"""Part of the tokens at 8 bits, in a layer that keeps all tokens (window and sinks among them) and in one that evicts."""
+
+MEASURED_HIGH = 0.02
+"""Part of the tokens at 8 bits, besides window and sinks, where fewer bits of the others are measured."""
 
 UNITS = 2**16
 """A dense cache is so many units of bytes; a layer's tiers are counted in whole ones, rounded up."""
@@ -191,11 +194,13 @@ class Calibration:
     def damage_of(self, tiers: Sequence[str], part: str | None = None) -> float:
         """Predicted damage of all layers' tiers together, such as :meth:`tiers` gives; see :meth:`predicted`."""
         from mikv_compile.plan import parse_tiers
+        from mikv_compile.planner import BUDGET_LENGTH
 
         total = 0.0
         for layer, text in enumerate(tiers):
             *high, low = parse_tiers(text)
-            kept = sum(float(tier.share or 0) for tier in (*high, low)) if low.is_bounded else 1.0
+            stored = sum(tier.quota(BUDGET_LENGTH) for tier in (*high, low)) / BUDGET_LENGTH
+            kept = stored if low.is_bounded else 1.0
             total += self.predicted(layer, low.key_bits, low.value_bits, kept, part)
         return total
 
@@ -365,8 +370,9 @@ def candidate_tiers(name: str) -> str:
     """The tiers that a candidate is measured with."""
     kind, amount = _parse_candidate(name)
     if kind == "keep":
-        return f"int8:{amount}"
-    return f"int8:{HIGH[0]},k{amount:.0f}v8" if kind == "k" else f"int8:{HIGH[0]},k8v{amount:.0f}"
+        # In two tiers, as generated tokens then take the place of less important ones.
+        return f"int8:0.0,int8:{amount}" if amount else "int8:0.0"
+    return f"int8:{MEASURED_HIGH},k{amount:.0f}v8" if kind == "k" else f"int8:{MEASURED_HIGH},k8v{amount:.0f}"
 
 
 # Choosing
@@ -440,10 +446,14 @@ def _offers(
 
     options = Options(**dict(options_given))
     found = []
-    for k, v, kept in itertools.product(BITS, BITS, KEPT):
-        text = _text(k, v, kept)
+
+    def plan_of(tiers: str) -> LayerPlan:
+        return make(options, parse_tiers(tiers), shape.key_dim, shape.value_dim, dtype)
+
+    for k, v, part in itertools.product(BITS, BITS, KEPT):
         try:
-            plan = make(options, parse_tiers(text), shape.key_dim, shape.value_dim, dtype)
+            text, kept = _text(plan_of, k, v, part)
+            plan = plan_of(text)
         except ValueError as error:
             if isinstance(error, OptionError):
                 raise
@@ -453,14 +463,26 @@ def _offers(
     return found
 
 
-def _text(key_bits: int, value_bits: int, kept: float) -> str:
-    """Tiers of some bits that keep a part of the tokens."""
+def _text(plan_of: Callable[[str], LayerPlan], key_bits: int, value_bits: int, kept: float) -> tuple[str, float]:
+    """Tiers of some bits for a part of the tokens, and the part of them that is stored at ``BUDGET_LENGTH``.
+
+    Window and sinks are of one size at any length; they are taken off the part, so that bytes grow with the length and
+    are a budget's part of the dense ones at any length that is not short.
+    """
+    from mikv_compile.planner import BUDGET_LENGTH
+
     low = "int8" if key_bits == value_bits == 8 else f"k{key_bits}v{value_bits}"
+    if kept <= 0:
+        return "int8:0.0", 0.0
+    if kept >= 1 and low == "int8":
+        return low, 1.0
+    probe = plan_of(f"int8:0.5,{low}")
+    always = probe.window + probe.sinks
     if kept >= 1:
-        return low if low == "int8" else f"int8:{HIGH[0]},{low}"
-    if low == "int8" or kept <= HIGH[1]:
-        return f"int8:{kept}"
-    return f"int8:{HIGH[1]},{low}:{round(kept - HIGH[1], 4)}"
+        return f"int8:{HIGH[0]}-{always},{low}", 1.0
+    less = math.ceil(always * probe.slot_bytes[0] / probe.slot_bytes[1])
+    share = round(kept - HIGH[1], 4)
+    return f"int8:{HIGH[1]},{low}:{share}-{less}", max(kept - less / BUDGET_LENGTH, 0.0)
 
 
 def _pareto(choices: Sequence[_Choice]) -> list[_Choice]:

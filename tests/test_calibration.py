@@ -214,6 +214,16 @@ def test_the_budget_is_nearly_used_up():
         assert nbytes(found.tiers(budget), torch.float16) > 0.985 * budget * dense(10, torch.float16)
 
 
+@pytest.mark.parametrize("budget", [0.06, 0.12, 0.16, 0.24, 0.4])
+@pytest.mark.parametrize("length", [3000, 4096, 8192, 32768, 131072])
+def test_the_bytes_are_the_budgets_part_at_any_length(budget, length):
+    found = sensitivity.load("smollm2-135m")
+    plans = [make(Options(), parse_tiers(text), 64, 64) for text in found.tiers(budget)]
+    total = sum(plan.nbytes(length, 1, 3, 64, 64, torch.bfloat16) for plan in plans)
+    part = total / (30 * CacheShape(1, 3, 64, 64, torch.bfloat16).dense_nbytes(length))
+    assert 0.97 * budget < part < 1.01 * budget
+
+
 def test_without_a_budget_the_stored_part_of_a_16_bit_cache_is_taken():
     found = table([3, 1], budget=0.2)
     assert found.tiers() == found.tiers(0.2)
@@ -347,7 +357,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert result.exit_code == 0, result.output
     assert asked["model"] == ("m", torch.bfloat16) and asked["inputs"] == ["tokenizer", 2048]
     assert (asked["window"], asked["budget"], asked["check"]) == (32, 0.2, [0.06])
-    for expected in ("keep0.25", "60.000", "int8:0.02,", "measured KL 0.56780, predicted 0.12340", "wrote"):
+    for expected in ("keep0.25", "60.000", "int8:0.035-68,", "measured KL 0.56780, predicted 0.12340", "wrote"):
         assert expected in result.stdout
     result = CliRunner().invoke(cli.make_app(), ["calibrate", "m", "--dtype", "int3"])
     assert result.exit_code == 2
