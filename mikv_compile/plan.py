@@ -189,7 +189,8 @@ def pyramid(tiers: tuple[Tier, ...], layer: int, layers: int) -> tuple[Tier, ...
         if tier.share is None:
             return tier
         more = tier.share * fall
-        return replace(tier, share=tier.share + sign * (int(more + 1e-9) if isinstance(tier.share, int) else more))
+        share = tier.share + sign * (int(more + 1e-9) if isinstance(tier.share, int) else more)
+        return replace(tier, share=share, less=tier.less + sign * int(tier.less * fall))
 
     return tuple(map(scaled, tiers))
 

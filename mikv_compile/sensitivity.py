@@ -36,7 +36,7 @@ Few, as every distinct plan is compiled once.
 """
 
 HIGH = (0.035, 0.01)
-"""Part of the tokens at 8 bits, in a layer that keeps all tokens (window and sinks among them) and in one that evicts."""
+"""Part of the tokens at 8 bits, in a layer that keeps all tokens (window and sinks included) and in one that evicts."""
 
 MEASURED_HIGH = 0.02
 """Part of the tokens at 8 bits, besides window and sinks, where fewer bits of the others are measured."""

@@ -585,6 +585,18 @@ def test_pyramid_keeps_to_a_budget_in_bytes(budget):
     assert 0.9 * parse_size(budget) < sum(sizes) <= parse_size(budget)
 
 
+@pytest.mark.parametrize("budget", [0.06, 0.12, 0.2, 0.24, 0.3, 0.5])
+@pytest.mark.parametrize("layers", [4, 30])
+def test_pyramid_keeps_to_a_fraction(budget, layers):
+    """What window and sinks take is the same in each layer; it comes off each layer's tokens in proportion."""
+    shape = CacheShape(1, 3, 64, 64, torch.bfloat16, layers)
+    plans = [Planner(Options(budget=budget, layer_budget="pyramid")).layer(i, shape) for i in range(layers)]
+    for length in (2048, 4096, 32768):
+        total = sum(plan.nbytes(length, 1, 3, 64, 64, torch.bfloat16) for plan in plans)
+        part = total / (layers * shape.dense_nbytes(length))
+        assert (0.97 if length >= 4096 else 0.96) * budget < part <= 1.01 * budget
+
+
 def test_layers_that_are_named_and_windows_take_no_part_in_a_pyramid():
     options = Options(tiers="int8:0.2", layers="0=fp; 2=int4:0.2", layer_budget="pyramid", quantizer="mikv")
     plans = [Planner(options).layer(i, CacheShape(1, 2, 80, 80, torch.float32, 4)) for i in range(4)]

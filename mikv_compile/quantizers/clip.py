@@ -5,19 +5,15 @@ Clipping below the range is what SKVQ (arXiv 2405.06219) and OSCAR do at 2 bits;
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mikv_compile.kernels.formats import SideFormat
 from mikv_compile.quantizers import kivi
 
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the keys: least squares."""
-    plain = kivi.key(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="clip")
+    return kivi.key(bits, dim, entry, fit="clip")
 
 
 def value(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the values: their spread is kept."""
-    plain = kivi.value(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="unbiased")
+    return kivi.value(bits, dim, entry, fit="unbiased")

@@ -6,16 +6,13 @@ Nothing more is stored than by ``clip``, which rounds the tokens that come after
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mikv_compile.kernels.formats import SideFormat
-from mikv_compile.quantizers import clip
+from mikv_compile.quantizers import clip, kivi
 
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the keys."""
-    plain = clip.key(bits, dim, entry)
-    return replace(plain, fit="gptq") if plain.fit else plain
+    return kivi.key(bits, dim, entry, fit="gptq")
 
 
 value = clip.value

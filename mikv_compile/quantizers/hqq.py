@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mikv_compile.kernels.formats import SideFormat
 from mikv_compile.quantizers import kivi
 
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the keys."""
-    plain = kivi.key(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="hqq")
+    return kivi.key(bits, dim, entry, fit="hqq")
 
 
 def value(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the values."""
-    plain = kivi.value(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="hqq")
+    return kivi.value(bits, dim, entry, fit="hqq")

@@ -17,11 +17,11 @@ GROUP = 64
 """Channels of a token that share a value scale; the whole head where 64 does not divide it."""
 
 
-def key(bits: int, dim: int, entry: bool) -> SideFormat:
-    """Format of the keys."""
-    return SideFormat(bits, 1, dim) if entry or bits == 8 else SideFormat(bits, BLOCK, 1)
+def key(bits: int, dim: int, entry: bool, fit: str = "") -> SideFormat:
+    """Format of the keys; ``fit`` is how those of fewer than 8 bits are rounded that do not come one at a time."""
+    return SideFormat(bits, 1, dim) if entry or bits == 8 else SideFormat(bits, BLOCK, 1, fit=fit)
 
 
-def value(bits: int, dim: int, entry: bool) -> SideFormat:
-    """Format of the values."""
-    return SideFormat(bits, 1, GROUP if dim % GROUP == 0 else dim)
+def value(bits: int, dim: int, entry: bool, fit: str = "") -> SideFormat:
+    """Format of the values; ``fit`` as for keys."""
+    return SideFormat(bits, 1, GROUP if dim % GROUP == 0 else dim, fit="" if entry or bits == 8 else fit)

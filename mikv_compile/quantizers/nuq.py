@@ -6,19 +6,15 @@ Runs on the reference kernels: in a rotated group they are no better than evenly
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mikv_compile.kernels.formats import SideFormat
 from mikv_compile.quantizers import kivi
 
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the keys."""
-    plain = kivi.key(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="lloyd")
+    return kivi.key(bits, dim, entry, fit="lloyd")
 
 
 def value(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the values."""
-    plain = kivi.value(bits, dim, entry)
-    return plain if entry or bits == 8 else replace(plain, fit="lloyd")
+    return kivi.value(bits, dim, entry, fit="lloyd")

@@ -7,6 +7,7 @@ A rotation spreads outliers over all channels of a token. Values profit at 2 bit
 from __future__ import annotations
 
 from mikv_compile.kernels.formats import SideFormat
+from mikv_compile.quantizers import kivi
 
 
 def key(bits: int, dim: int, entry: bool) -> SideFormat:
@@ -16,5 +17,4 @@ def key(bits: int, dim: int, entry: bool) -> SideFormat:
 
 def value(bits: int, dim: int, entry: bool) -> SideFormat:
     """Format of the values."""
-    group = 64 if dim % 64 == 0 else dim
-    return SideFormat(bits, 1, group, fit="" if entry or bits == 8 else "unbiased")
+    return kivi.value(bits, dim, entry, fit="unbiased")
