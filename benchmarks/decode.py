@@ -81,12 +81,13 @@ class Runner:
         self._device = model.device
         self._token = torch.ones(scenario.batch, 1, dtype=torch.long, device=model.device)
         self.cache = models.filled_cache(model, scenario.batch, scenario.context, configuration.options)
-        reports, before = len(mikv_compile.graph_reports()), _graphs()
+        earlier, before = mikv_compile.graph_reports(), _graphs()
         self.first_call = self.step()
         for _ in range(3):
             self.step()
         self.graphs = _graphs() - before
-        self.reports = mikv_compile.graph_reports()[reports:]
+        # Told apart by identity: the list keeps the last ones only, so it need not have grown.
+        self.reports = [r for r in mikv_compile.graph_reports() if not any(r is e for e in earlier)]
         self.steps: list[float] = []
 
     def step(self) -> float:
