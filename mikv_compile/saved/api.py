@@ -98,11 +98,11 @@ def load_cache(
         stores = [
             store_from_data(data, plans, file.tensor, _store_name(i), target) for i, data in enumerate(state["stores"])
         ]
-        filler = Filler(stores, _Dense(file, target), target, path)
+        filler = Filler(stores, _Dense(file, target), target)
         if into is None:
             into = ABSENT if model is None else new_cache(state["cache"], model)
         made = filler.made(state["cache"], into)
-    filler.apply()
+        filler.apply()
     return made
 
 
@@ -116,17 +116,16 @@ def cached_tokens(path: str | os.PathLike[str], prompt: Tokens) -> int:
     Raises:
         SavedCacheError: if there is no such file, no tokens were saved, or the numbers of rows differ.
     """
-    path = Path(path)
-    with opened(path) as file:
-        if _TOKENS not in file.names:
-            raise SavedCacheError(f"{path}: the cache was saved without tokens; give save_cache tokens=...")
-        saved = file.tensor(_TOKENS).clone()
     asked = _token_ids(prompt)
-    if saved.dim() != 2 or saved.shape[0] != asked.shape[0]:
-        raise SavedCacheError(f"{path}: the cache is of tokens {tuple(saved.shape)}, the prompt {tuple(asked.shape)}")
-    shared = min(saved.shape[1], asked.shape[1])
-    differs = (saved[:, :shared] != asked[:, :shared]).any(dim=0).nonzero()
-    return int(differs[0]) if differs.numel() else shared
+    with opened(Path(path)) as file:
+        if _TOKENS not in file.names:
+            raise SavedCacheError("the cache was saved without tokens; give save_cache tokens=...")
+        saved = file.tensor(_TOKENS)
+        if saved.dim() != 2 or saved.shape[0] != asked.shape[0]:
+            raise SavedCacheError(f"the cache is of tokens {tuple(saved.shape)}, the prompt {tuple(asked.shape)}")
+        shared = min(saved.shape[1], asked.shape[1])
+        differs = (saved[:, :shared] != asked[:, :shared]).any(dim=0).nonzero()
+        return int(differs[0]) if differs.numel() else shared
 
 
 def _store_name(number: int) -> str:
@@ -194,7 +193,7 @@ def _token_ids(tokens: Tokens) -> torch.Tensor:
     ids = torch.as_tensor(tokens).detach().to("cpu", torch.int64)
     if ids.dim() not in (1, 2):
         raise SavedCacheError(f"token ids have the shape [T] or [B, T]; these have {tuple(ids.shape)}")
-    return ids.reshape(-1, ids.shape[-1]).contiguous()
+    return ids.contiguous() if ids.dim() == 2 else ids[None].contiguous()
 
 
 def _check_tokens(cache: Any, tokens: torch.Tensor) -> None:
@@ -225,6 +224,6 @@ def _compare(saved: dict[str, Any] | None, model: torch.nn.Module | None, path: 
     how = difference(saved, fingerprint(model))
     if how is not None:
         raise SavedCacheError(
-            f"{path}: the cache was saved with another model: {how}. What it holds means nothing to this one; load "
+            f"the cache was saved with another model: {how}. What it holds means nothing to this one; load "
             "it with the model that filled it, or, if you know better, with check_model=False"
         )

@@ -65,33 +65,34 @@ def write(path: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -
             temporary.unlink(missing_ok=True)
 
 
+def damaged(why: str) -> SavedCacheError:
+    """The error for a file that is not as it was written; :func:`opened` adds the file's name."""
+    return SavedCacheError(f"the saved cache is damaged: {why}; save it again")
+
+
 class Opened:
     """A file that is open for reading."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, file: Any) -> None:
         """Take over what safetensors has opened.
 
         Raises:
             SavedCacheError: if it is no saved cache, or one that a newer version of this package has written.
         """
-        self._path, self._file = path, file
+        self._file = file
         self._metadata = dict(file.metadata() or {})
         if self._metadata.get("format") != FORMAT:
-            raise SavedCacheError(f"{path}: this safetensors file was not written by mikv_compile.save_cache")
+            raise SavedCacheError("this safetensors file was not written by mikv_compile.save_cache")
         version = self._metadata.get("version", "")
         if not version.isdecimal() or len(version) > 9:
-            raise self.damaged(f"its format version is {version[:40]!r}")
+            raise damaged(f"its format version is {version[:40]!r}")
         if int(version) > VERSION:
             raise SavedCacheError(
-                f"{path}: the file has format version {version}, and this mikv-compile reads versions up to {VERSION}; "
+                f"the file has format version {version}, and this mikv-compile reads versions up to {VERSION}; "
                 "install a newer mikv-compile (pip install -U mikv-compile), or save the cache again with this one"
             )
         self.names = frozenset(file.keys())
         """Of the tensors."""
-
-    def damaged(self, why: str) -> SavedCacheError:
-        """The error for a file that is not as it was written."""
-        return SavedCacheError(f"{self._path}: the saved cache is damaged: {why}; save it again")
 
     def check(self) -> None:
         """Compare the checksum, for which the whole file is read.
@@ -100,7 +101,7 @@ class Opened:
             SavedCacheError: if it differs.
         """
         if _checksum(self._metadata, {name: self.tensor(name) for name in self.names}) != self._metadata.get("sha256"):
-            raise self.damaged("its contents do not match their checksum")
+            raise damaged("its contents do not match their checksum")
 
     @property
     def state(self) -> Any:
@@ -110,7 +111,7 @@ class Opened:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor on the CPU that may lie in the file: copy it before the file is closed, and before it is trusted."""
         if name not in self.names:
-            raise self.damaged(f"it has no tensor {name!r}")
+            raise damaged(f"it has no tensor {name!r}")
         return self._file.get_tensor(name)
 
 
@@ -118,15 +119,19 @@ class Opened:
 def opened(path: Path) -> Iterator[Opened]:
     """Open a saved cache.
 
+    Errors from the body get the file's name. What reading nonsense ends in becomes a SavedCacheError.
+
     Raises:
-        SavedCacheError: if there is none, or, also from the body, if what it holds makes no sense.
+        SavedCacheError: if there is none, or none that can be read.
     """
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            yield Opened(path, file)
-    except (SavedCacheError, torch.OutOfMemoryError):
+            yield Opened(file)
+    except torch.OutOfMemoryError:
         raise
+    except SavedCacheError as error:
+        raise SavedCacheError(f"{path}: {error}") from error.__cause__
     except FileNotFoundError as error:
         raise SavedCacheError(f"{path}: there is no such file") from error
     except OSError as error:

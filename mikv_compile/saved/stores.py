@@ -17,6 +17,7 @@ from mikv_compile.kernels.cpp_common import FLOAT_KINDS
 from mikv_compile.kernels.formats import LayerFormat, TierFormat, buffer_names, buffer_shapes
 from mikv_compile.plan import FIRST_STEP, SLOT_STEP, CacheShape, LayerPlan, Tier
 from mikv_compile.policies import POLICIES
+from mikv_compile.saved.container import damaged
 from mikv_compile.store import Bookkeeping, LayerStore
 
 _MOST = 2**31 - 1
@@ -29,7 +30,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_KINDS}
 def require(holds: bool, what: str) -> None:
     """Raise SavedCacheError unless a condition holds; ``what`` is not as it should be."""
     if not holds:
-        raise SavedCacheError(f"{what} makes no sense")
+        raise damaged(f"{what} makes no sense")
 
 
 def number(value: Any, what: str, least: int = 0, most: int = _MOST) -> int:
@@ -176,7 +177,7 @@ def store_from_data(
             continue
         stored = tensor(prefix + name)
         if (tuple(stored.shape), stored.dtype) != (shape, kind):
-            raise SavedCacheError(
+            raise damaged(
                 f"the buffer {name} is {tuple(stored.shape)} {stored.dtype}, and its plan says {shape} {kind}"
             )
         # A copy first: what is checked must not lie in a file that may change.

@@ -102,17 +102,14 @@ def _handle_to_data(handle: KVTensor | PreallocatedKV, leaves: Leaves) -> dict[s
 class Filler:
     """Makes a cache of nodes, or fills one. Nothing that was given changes before :meth:`apply`."""
 
-    def __init__(
-        self, stores: list[LayerStore], dense: Callable[[str], torch.Tensor], device: torch.device, path: object
-    ) -> None:
+    def __init__(self, stores: list[LayerStore], dense: Callable[[str], torch.Tensor], device: torch.device) -> None:
         """Make one.
 
         Args:
             stores: by their numbers. dense: a dense tensor on ``device``, by its name; the same for the same name.
             device: what attributes that name a device get.
-            path: of the file, for messages.
         """
-        self._stores, self._dense, self._device, self._path = stores, dense, device, path
+        self._stores, self._dense, self._device = stores, dense, device
         self._changes: list[Callable[[], Any]] = []
 
     def apply(self) -> None:
@@ -170,7 +167,7 @@ class Filler:
         name = what["class"]
         if into is ABSENT or into is None:
             raise SavedCacheError(
-                f"{self._path}: {place} is a {name}, which is not made from a file; give load_cache the model "
+                f"{place} is a {name}, which is not made from a file; give load_cache the model "
                 f"(model=...), or a new and empty cache of the same kind to fill (into=...)"
             )
         if type(into).__qualname__ != name:
@@ -225,12 +222,11 @@ class Filler:
         try:
             take_over(tensor, store, role, layout)
         except MikvError as error:
-            raise SavedCacheError(f"{self._path}: a tensor of the given cache cannot be filled: {error}") from error
+            raise SavedCacheError(f"a tensor of the given cache cannot be filled: {error}") from error
 
-    def _mismatch(self, place: str, how: str) -> SavedCacheError:
-        return SavedCacheError(
-            f"{self._path}: {place} of the given cache {how}; make the cache as the saved one was made"
-        )
+    @staticmethod
+    def _mismatch(place: str, how: str) -> SavedCacheError:
+        return SavedCacheError(f"{place} of the given cache {how}; make the cache as the saved one was made")
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
