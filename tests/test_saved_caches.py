@@ -47,6 +47,11 @@ H2O = {"policy": "h2o", "window": 8, "lower": "eager"}
 PAPER = {"preset": "mikv-paper", "window": 4, "lower": "eager"}
 
 
+def slow(*names):
+    """More of what others test already."""
+    return [pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow) for name in names]
+
+
 def compiled(model, options):
     return torch.compile(model, backend="mikv", options=options)
 
@@ -69,7 +74,8 @@ def rewritten(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cat", "einsum_cat", "multi_query_3d", "value_dim", "window_cat_slice", "gptfast", "einsum_index_copy"]
+    "name",
+    ["cat", "multi_query_3d", "gptfast", *slow("einsum_cat", "value_dim", "window_cat_slice", "einsum_index_copy")],
 )
 @torch.no_grad()
 def test_tuples_and_buffers_of_hand_written_decoders(tmp_path, name):
@@ -176,6 +182,45 @@ def test_a_sliding_window_that_has_moved(tmp_path):
         each.append(*torch.randn(2, 2, 2, 200, 16).unbind())
         each.drop_before(400)
     assert state_of(loaded[0].store) == state_of(store)
+
+
+HISTORIES = [
+    {"tiers": "int8:0.1,k4v2", "window": 8, "flush_every": 64},
+    {"tiers": "fp:0.1,int8:0.2,int2:0.4", "window": 4, "quantizer": "mikv", "flush_every": 8},
+    {"tiers": "int8:40,k4v2:64", "window": 8, "sinks": 2},
+    {"tiers": "int4:0.5", "window": 4, "policy": "knorm", "flush_every": 1},
+    {"tiers": "int8:0.2,int4", "window": 8, "policy": "recent", "sinks": 0},
+    {"budget": 0.25, "policy": "expected"},
+]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    options=st.sampled_from(HISTORIES),
+    sliding=st.booleans(),
+    steps=st.lists(st.tuples(st.sampled_from(["append", "crop", "drop"]), st.integers(1, 150)), min_size=1, max_size=8),
+)
+def test_stores_of_any_history_come_back(tmp_path, options, sliding, steps):
+    """What is checked when a file is read holds for every store that operations can make."""
+    shape = CacheShape(2, 2, 16, 16, torch.float32)
+    plan = Planner(Options.parse(options)).layer(0, shape, sliding=sliding)
+    store, path = LayerStore(plan, shape, torch.device("cpu")), tmp_path / "c"
+    torch.manual_seed(0)
+    for step, amount in [("append", 130), *steps]:
+        if step == "append":
+            store.append(*torch.randn(2, 2, 2, amount, 16).unbind())
+        elif step == "crop":
+            store.crop(max(store.length - amount, 1))
+        else:
+            store.drop_before(max(store.end - amount, store.base))
+    save_cache([KVTensor(store, "key")], path)
+    loaded = load_cache(path)[0].store
+    assert state_of(loaded) == state_of(store)
+    for tokens in torch.randn(3, 2, 2, 2, 40, 16):
+        for each in (store, loaded):
+            each.append(*tokens.unbind())
+            each.crop(each.length - 1)
+    assert state_of(loaded) == state_of(store)
 
 
 def test_nan_and_infinity_are_kept(tmp_path):
@@ -553,7 +598,7 @@ def test_bytes_that_changed_are_noticed(tmp_path, saved_file, data):
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 200), st.integers(), st.sampled_from([2**31 - 1, 2**31, 2**63, 10**30]),
     st.floats(), st.text(max_size=8), st.just([]), st.just({}), st.lists(st.integers(-2, 150), max_size=4),
-    st.sampled_from(["float16", "value", "BTHD", "recent", "8:t1c16,8:t1c16", "8:t64c16,8:t1c16|4:t48c1,2:t1c16+scored"]),
+    st.sampled_from(["float16", "value", "BTHD", "recent", "8:t1c16,8:t1c16", "8:t64c16,fp|4:t48c1,2:t1c16+scored"]),
 )  # fmt: skip
 
 
@@ -731,16 +776,18 @@ def by_config(m):
     "name, new, options, dtype",
     [
         ("llama", lambda m: DynamicCache(), DEFAULT, torch.float32),
-        ("llama", by_config, EVICTING, torch.bfloat16),
-        ("llama", by_config, H2O, torch.float16),
         ("mistral", by_config, DEFAULT, torch.float32),
-        ("gemma2", by_config, DEFAULT, torch.float32),
-        ("jamba", by_config, DEFAULT, torch.float32),
         ("lfm2", by_config, DEFAULT, torch.float32),
         ("llama", lambda m: StaticCache(config=m.config, max_cache_len=150), DEFAULT, torch.float32),
-        ("gemma2", lambda m: StaticCache(config=m.config, max_cache_len=150), DEFAULT, torch.float32),
+        *slow(
+            ("llama", by_config, EVICTING, torch.bfloat16),
+            ("llama", by_config, H2O, torch.float16),
+            ("gemma2", by_config, DEFAULT, torch.float32),
+            ("jamba", by_config, DEFAULT, torch.float32),
+            ("gemma2", lambda m: StaticCache(config=m.config, max_cache_len=150), DEFAULT, torch.float32),
+        ),
     ],
-    ids=["llama", "evicting-bf16", "h2o-fp16", "sliding", "some-slide", "mamba", "conv", "static", "static-sliding"],
+    ids=["llama", "sliding", "conv", "static", "evicting-bf16", "h2o-fp16", "some-slide", "mamba", "static-sliding"],
 )
 def test_caches_of_transformers_go_on_alike(tmp_path, name, new, options, dtype):
     m = model(name, dtype)
@@ -777,7 +824,7 @@ def test_a_dense_static_cache_that_was_filled_early(tmp_path):
     assert torch.equal(logits(m, prompt(1, 1), caches[0]), logits(m, prompt(1, 1), caches[1]))
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", *slow("bart")])
 def test_encoder_decoders(tmp_path, name):
     m, path = model(name), tmp_path / "c"
     fast = compiled(m, DEFAULT)
