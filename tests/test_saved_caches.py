@@ -661,6 +661,11 @@ def tell(name, slot, value):
     return change
 
 
+def tier(number, **changes):
+    """Change the first tier of a plan."""
+    return lambda state, tensors: state["plans"][number]["tiers"][0].update(changes)
+
+
 def plan(number, **changes):
     return lambda state, tensors: state["plans"][number].update(changes)
 
@@ -685,6 +690,10 @@ def plan(number, **changes):
         (plan(0, policy="mine"), "'mine', which is not registered"),
         (plan(0, flush_every=0), "flush_every"),
         (plan(1, format="8:t1c16,8:t1c16|4:t48c1,4:t1c16+scored"), "."),
+        (tier(1, less=-5), "what a tier's share is short of"),
+        (tier(1, share=float("nan")), "a tier's share"),
+        (tier(1, key_bits=4), "stored as"),
+        (plan(1, flush_every=63), "blocks of 64 tokens"),
         (plan(1, slot_bytes=[0.0, 0.0]), "the bytes of a slot"),
         (plan(1, recent_share=float("nan")), "the recent share"),
         (lambda state, tensors: tensors.pop("store1.tier0_key_codes"), "no tensor 'store1.tier0_key_codes'"),
