@@ -205,7 +205,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         return status.value.code
 
     chosen = ["llama", "--cache", "dynamic", "--attn", "sdpa"]
-    assert call(*chosen, "--json", str(results), "--write", str(table)) == 0
+    assert call(*chosen, "--results", str(results), "--write", str(table)) == 0
     assert "| llama | 2/2 |" in table.read_text() and f"`mikv coverage {' '.join(chosen)}`" in table.read_text()
     assert call("--list", "llama") == 0 and "llama LlamaForCausalLM" in capsys.readouterr().out
     assert call("llamma") == 2 and "llamma" in capsys.readouterr().err
