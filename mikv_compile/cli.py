@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-COMMANDS = ("explain", "plan", "calibrate", "eval", "sweep", "coverage")
+COMMANDS = ("explain", "plan", "run", "bench", "calibrate", "eval", "sweep", "coverage", "doctor")
 """Names of the subcommands, as help lists them. Each is a function ``command`` in the module with its name."""
 
 

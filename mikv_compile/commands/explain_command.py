@@ -20,7 +20,7 @@ def command(
     prompt: Annotated[str | None, typer.Option(help="What the model reads; by default a text of its own.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of that text.")] = 256,
     html: Annotated[Path | None, typer.Option(help="Write a page with graphs and pictures to this file.")] = None,
-    attn: Annotated[str, typer.Option(help="The model's attention: sdpa or eager.")] = "sdpa",
+    attn: Annotated[str | None, typer.Option(help="sdpa or eager; by default sdpa where the model has it.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     as_json: AsJson = False,

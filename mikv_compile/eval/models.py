@@ -19,7 +19,7 @@ class ModelError(Exception):
 
 
 def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str | None = None
 ) -> tuple[Any, Any]:
     """A tokenizer and a causal language model, ready to be called.
 
@@ -28,7 +28,7 @@ def load(
             transformers, a GGUF file, or a name on the hub.
         dtype: of the weights, and so of the dense cache.
         device: where the model runs.
-        attention: transformers' ``attn_implementation``.
+        attention: transformers' ``attn_implementation``; None: ``sdpa`` where the model has it, else ``eager``.
 
     Raises:
         ModelError: if there is no such model.
