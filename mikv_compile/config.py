@@ -84,7 +84,9 @@ class Options:
     preset: str = field(default="mikv", metadata={"help": "named set of the options below: " + ", ".join(PRESETS)})
     budget: float | str | None = field(
         default=None,
-        metadata={"help": "fraction of the dense cache's bytes (0.25 or '25%'), or bytes per layer stack ('2GiB'); picks tiers"},
+        metadata={
+            "help": "part of the dense cache's bytes (0.25, '25%'), or bytes per layer stack ('2GiB'); picks tiers"
+        },
     )
     tiers: str | None = field(
         default=None,

@@ -198,7 +198,10 @@ def _run(device: str) -> Iterator[Finding]:
         model = _TinyDecoder().to(device).eval()
     want, _ = _outputs(model, calls, device)
     advice = 'see whether TORCH_LOGS="+mikv_compile" says why, and report it with the output of mikv doctor --json'
-    for name, options, tolerance in (("budget=1.0", {"budget": 1.0}, 1e-4), ("default options", {}, 0.5)):
+    settings: tuple[tuple[str, dict[str, Any], float], ...] = (
+        ("budget=1.0", {"budget": 1.0}, 1e-4), ("default options", {}, 0.5),
+    )  # fmt: skip
+    for name, options, tolerance in settings:
         torch.compiler.reset()  # what was traced before would answer, or make sizes symbolic
         compiled = torch.compile(model, backend="mikv", options={**options, "lower": "eager"})
         got, cache = _outputs(compiled, calls, device)

@@ -14,19 +14,20 @@ from mikv_compile.report import CacheReport, Explanation, GraphReport, describe
 from mikv_compile.tier_map import LayerTiers
 
 _STYLE = """
-body{font:15px/1.45 sans-serif;margin:2rem;color:#222;background:#fff}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-table{border-collapse:collapse}th,td{padding:.15rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
+body{font:15px/1.45 sans-serif;margin:2rem;color:#222;background:#fff}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+table{border-collapse:collapse}
+th,td{padding:.15rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
 td.n{text-align:right;font-variant-numeric:tabular-nums}pre{white-space:pre-wrap}svg{width:100%;max-width:960px}
 .key{margin-right:1.2rem}.key i{display:inline-block;width:.8em;height:.8em;margin-right:.35em}
-.graph{table-layout:fixed;width:100%;font:11px/1.35 monospace}.graph td,.graph th{overflow-wrap:anywhere;border:0;padding:1px 6px;width:50%}
+.graph{table-layout:fixed;width:100%;font:11px/1.35 monospace}
+.graph td,.graph th{overflow-wrap:anywhere;border:0;padding:1px 6px;width:50%}
 .graph td.site{border-left:4px solid hsl(var(--hue) 65% 55%)}.gone{background:#ffe4e1}.new{background:#dff3df}
 .all:not(:checked)~.graph tr.plain{display:none}summary{cursor:pointer}
 """
 
 
-def render(
-    title: str, told: Mapping[str, Any], explanation: Explanation, layers: Sequence[LayerTiers] = ()
-) -> str:
+def render(title: str, told: Mapping[str, Any], explanation: Explanation, layers: Sequence[LayerTiers] = ()) -> str:
     """The page.
 
     Args:
@@ -102,19 +103,22 @@ def _graph(number: int, graph: GraphReport) -> str:
 def _side_by_side(text: GraphText, number: int) -> str:
     """Both graphs, equal nodes in one row; a checkbox shows the rows that did not change."""
     hues = {site: str(137 * i % 360) for i, site in enumerate(dict.fromkeys(x.site for x in text.before if x.site))}
-    names = [[line.name for line in lines] for lines in (text.before, text.after)]
+    before, after = ([line.name for line in lines] for lines in (text.before, text.after))
     rows = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *names, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         for left, right in itertools.zip_longest(text.before[a:b], text.after[c:d]):
             same = kind == "equal" and left.text == right.text
             plain = same and left.site is None
             cells = _cell(left, text.removed, "gone", hues) + _cell(right, text.added, "new", hues)
             rows.append(f'<tr class="plain">{cells}</tr>' if plain else f"<tr>{cells}</tr>")
-    counts = f"{len(text.before)} nodes before, {len(text.after)} after; {len(text.removed)} removed, {len(text.added)} new"
+    counts = (
+        f"{len(text.before)} nodes before, {len(text.after)} after; {len(text.removed)} removed, {len(text.added)} new"
+    )
     return (
         f"<details><summary>The graph before and after: {counts}</summary>"
         f'<input type="checkbox" class="all" id="all{number}"><label for="all{number}">also nodes that stayed as they '
-        'were</label> <span class="key"><i class="gone"></i>removed</span><span class="key"><i class="new"></i>new</span>'
+        'were</label> <span class="key"><i class="gone"></i>removed</span>'
+        '<span class="key"><i class="new"></i>new</span>'
         "The stripe of a node tells its site; point at it for its role."
         f'<table class="graph"><tr><th>before</th><th>after</th></tr>{"".join(rows)}</table></details>'
     )

@@ -202,7 +202,8 @@ class Forecast:
 
     @cached_property
     def _plans(self) -> list[tuple[LayerPlan | None, str | None]]:
-        planner, made = Planner(self.options), []
+        planner = Planner(self.options)
+        made: list[tuple[LayerPlan | None, str | None]] = []
         for number, layer in enumerate(self.model.layers):
             shape = self._shape(layer)
             try:

@@ -68,9 +68,7 @@ class GraphReport:
         for site in self.rewritten:
             if site.reason is not None:
                 dense.setdefault(site.reason, []).append(site.layer)
-        lines += [
-            f"  layers {ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()
-        ]
+        lines += [f"  layers {ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()]
         lines += [f"  declined {d}" for d in self.declined]
         return "\n".join(lines)
 

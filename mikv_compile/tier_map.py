@@ -1,4 +1,4 @@
-"""Which tier every token of a live cache is in, and a picture of it: a row for each KV head, a column for each token."""
+"""Which tier each token of a live cache is in, and a picture of it: a row for each KV head, a column for each token."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def svg(layers: Sequence[LayerTiers]) -> str:
     columns = -(-end // together)
     rows = sum(max(len(layer.heads), 1) for layer in layers)
     wide, high = (_WIDTH - _MARGIN) / columns, max(2.0, min(10.0, 640 / rows))
-    parts, paths, top = [], {}, 0.0
+    parts: list[str] = []
+    paths: dict[int, list[str]] = {}
+    top = 0.0
     for number, layer in enumerate(layers):
         height = max(len(layer.heads), 1) * high
         if height >= 10 or number % 5 == 0:

@@ -17,7 +17,7 @@ from saved_models import TEMPLATE, save, tokenizer  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from mikv_compile import Options, OptionError, cache_report, cli, doctor  # noqa: E402
+from mikv_compile import OptionError, Options, cache_report, cli, doctor  # noqa: E402
 from mikv_compile.commands import common, run_command  # noqa: E402
 from mikv_compile.eval.methods import Session  # noqa: E402
 from mikv_compile.forecast import CannotForecastError, Forecast, model_shape  # noqa: E402
@@ -158,9 +158,9 @@ def test_plan_of_layers_that_keep_something_else():
     shape = model_shape(tiny_models.build("jamba").config)
     assert [layer.layer for layer in shape.layers] == [1] and "layers 0 (LinearAttentionLayer)" in shape.notes[0]
     latent = transformers.DeepseekV3Config(
-        **{**tiny_models.SIZES, "head_dim": 8, "num_key_value_heads": 4}, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=32, first_k_dense_replace=1,
+        **{**tiny_models.SIZES, "head_dim": 8, "num_key_value_heads": 4}, kv_lora_rank=16, q_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
     )  # fmt: skip
     assert any("latent" in note for note in model_shape(latent).notes)
     with pytest.raises(CannotForecastError, match="keeps no keys and values"):
@@ -199,7 +199,15 @@ def test_plan(llama, monkeypatch):
     assert largest["compressed"]["cache_alone"] > 3 * largest["dense"]["cache_alone"]
     assert 0 < largest["compressed"]["with_weights"] < largest["compressed"]["cache_alone"]
     text = mikv(*arguments).stdout
-    for expected in ("0-1", "8,192", "[the rest]", f"{content['ratio']:.1%}", "made for 512 tokens", "parameters", "largest context in 16.00"):
+    for expected in (
+        "0-1",
+        "8,192",
+        "[the rest]",
+        f"{content['ratio']:.1%}",
+        "made for 512 tokens",
+        "parameters",
+        "largest context in 16.00",
+    ):
         assert expected in text
     assert told("plan", llama, "--dtype", "bfloat16")["dense_nbytes"] == 2 * 2 * 2 * 4096 * 16 * 2
     for wrong in (("--context", "long"), ("--memory", "much"), ("--batch", "0")):
@@ -208,7 +216,9 @@ def test_plan(llama, monkeypatch):
 
 def test_plan_does_not_guess_the_weights_of_a_quantized_checkpoint(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     content = told("plan", tmp_path, "--memory", "1GiB")
     assert content["weights_nbytes"] is None and "quantized" in content["notes"][0]
     assert set(content["largest_context"]["dense"]) == {"cache_alone"}
@@ -237,7 +247,9 @@ def test_explain(llama):
 def test_run_generates_what_the_model_does(llama, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("some words " * 20)
-    content = told("run", llama, "--prompt-file", file, "--max-new-tokens", "12", "--compare", "--budget", "100%", "--raw")
+    content = told(
+        "run", llama, "--prompt-file", file, "--max-new-tokens", "12", "--compare", "--budget", "100%", "--raw"
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.tensor([tokenizer()(file.read_text()).input_ids])
     want = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
@@ -251,8 +263,8 @@ def test_run_generates_what_the_model_does(llama, tmp_path):
 
 def test_run_prints_the_text_and_what_differs(llama):
     # Two bits change the tokens of a random model.
-    arguments = ("run", llama, "--prompt", "words " * 40, "--max-new-tokens", "10", "-o", "tiers=int2", "-o", "window=0",
-                 "-o", "sinks=0", "-o", "quantizer=mikv")  # fmt: skip
+    arguments = ("run", llama, "--prompt", "words " * 40, "--max-new-tokens", "10", "-o", "tiers=int2",
+                 "-o", "window=0", "-o", "sinks=0", "-o", "quantizer=mikv")  # fmt: skip
     content = told(*arguments, "--compare")
     result = mikv(*arguments, "--compare")
     found = content["first_difference"]

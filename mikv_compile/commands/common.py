@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from mikv_compile.report import CacheReport
 
 Model = Annotated[str, typer.Argument(help="smollm2 (packaged), a folder, a GGUF file, or a name on the hub.")]
-Settings = Annotated[list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE of the backend; may be repeated.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE of the backend; may be repeated.")
+]
 Preset = Annotated[str | None, typer.Option(help="Short for -o preset=...")]
 Budget = Annotated[str | None, typer.Option(help="Short for -o budget=...: 25%, 0.25, or a size such as 2GiB.")]
 Lower = Annotated[str, typer.Option(help="eager traces in seconds; inductor compiles.")]
@@ -48,7 +50,9 @@ def mistakes() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def backend_options(settings: Sequence[str] | None, preset: str | None, budget: str | None, **more: Any) -> dict[str, Any]:
+def backend_options(
+    settings: Sequence[str] | None, preset: str | None, budget: str | None, **more: Any
+) -> dict[str, Any]:
     """Options of the backend, checked.
 
     Args:

@@ -15,9 +15,7 @@ def command(
     attn: Annotated[str | None, typer.Option(help="Only sdpa or eager; first: sdpa where there is sdpa.")] = None,
     lower: Annotated[str, typer.Option(help="eager traces in seconds; inductor compiles for minutes.")] = "eager",
     prefill: Annotated[str, typer.Option(help="Static caches: eager, compiled, or both.")] = "eager",
-    bits4: Annotated[
-        str, typer.Option(help="4-bit runs: all, first (dynamic with the first form), none.")
-    ] = "first",
+    bits4: Annotated[str, typer.Option(help="4-bit runs: all, first (dynamic with the first form), none.")] = "first",
     jobs: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
     timeout: Annotated[float, typer.Option(help="CPU seconds for one run.")] = 180.0,
     results: Annotated[

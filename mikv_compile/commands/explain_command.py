@@ -75,9 +75,7 @@ def _explain(model: Any, ids: Any, options: dict[str, Any], keep_graphs: bool) -
 
     cache, ids = DynamicCache(config=model.config), ids.to(model.device)
     parts = [
-        explain(
-            model, input_ids=part, past_key_values=cache, use_cache=True, options=options, keep_graphs=keep_graphs
-        )
+        explain(model, input_ids=part, past_key_values=cache, use_cache=True, options=options, keep_graphs=keep_graphs)
         for part in (ids[:, :-1], ids[:, -1:])
     ]
     return Explanation([graph for part in parts for graph in part.graphs], parts[-1].cache), cache

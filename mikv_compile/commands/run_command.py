@@ -26,7 +26,9 @@ def command(
     prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt; - reads standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    compare: Annotated[bool, typer.Option("--compare", help="Run the dense model on the same prompt afterwards.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the dense model on the same prompt afterwards.")
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Do not put the prompt into the chat template.")] = False,
     options: Settings = None,
     preset: Preset = None,
@@ -201,7 +203,12 @@ def _status(made: Generation) -> str:
 
 
 def _report(
-    runs: dict[str, Generation], tokenizer: Any, prompt: int, options: dict[str, Any], declined: list[str], as_json: bool
+    runs: dict[str, Generation],
+    tokenizer: Any,
+    prompt: int,
+    options: dict[str, Any],
+    declined: list[str],
+    as_json: bool,
 ) -> None:
     """What the runs took, and where they part."""
     from mikv_compile.report import cache_report
