@@ -65,7 +65,7 @@ def _measure(
     from rich.progress import Progress
 
     def wait() -> None:
-        if ids.is_cuda or any(session.model.device.type == "cuda" for session in sessions.values()):
+        if next(iter(sessions.values())).model.device.type == "cuda":
             torch.cuda.synchronize()
 
     with torch.no_grad(), Progress(console=Console(stderr=True, quiet=quiet), transient=True) as progress:
