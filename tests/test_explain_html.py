@@ -65,9 +65,8 @@ def test_graph_text_tells_what_became_of_each_site(explained):
         roles = {line.name: line.role for line in text.before}
         assert {roles[name] for name in text.removed} >= {"cache"}
         new = [line for line in text.after if line.name in text.added]
-        assert {line.role for line in new} <= {"buffer", "op", ""} and all(
-            line.site for line in new if line.role == "buffer"
-        )
+        assert {"buffer", "op"} <= {line.role for line in new} <= {"buffer", "op", ""}
+        assert all(line.site for line in new if line.role)
     # A prompt's attention stays as it is; that of a step becomes an op.
     attention = {line.name for line in prefill.before if line.role == "attention"}
     assert attention and not attention & prefill.removed
