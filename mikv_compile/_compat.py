@@ -54,6 +54,27 @@ def import_toolchain() -> None:
     import torch._inductor.codecache  # noqa: F401
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that :func:`load_cpp_library` calls.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except Exception as error:  # as in load_cpp_library
+        raise RuntimeError(str(error)) from error
+
+
+def cache_folder() -> str:
+    """The folder in which Inductor keeps compiled code, the C++ kernels' libraries included."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
 plain_functions = torch._C.DisableTorchFunctionSubclass
 """A context in which tensor subclasses' ``__torch_function__`` is not called."""
 

@@ -42,12 +42,34 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
+def parse_budget(budget: float | str) -> float | str:
+    """A budget as a fraction where it is written as one (``"25%"``, ``"0.25"``); a size in bytes stays a string.
+
+    Raises:
+        OptionError: for what is neither a fraction above 0 and at most 1, nor a size of at least a byte.
+    """
+    expected = "a fraction above 0 and at most 1 such as 0.25 or '25%', or a size such as '2GiB'"
+    if not isinstance(budget, str):
+        fraction: Any = budget
+    elif found := re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", budget):
+        fraction = float(found.group(1)) / (100 if found.group(2) else 1)
+        if not found.group(2) and fraction > 1 and fraction.is_integer():
+            return budget  # bytes without a unit
+    else:
+        if parse_size(budget) <= 0:
+            raise _fail("budget", budget, "more than no bytes")
+        return budget
+    if not _is_number(fraction) or not 0 < fraction <= 1:
+        raise _fail("budget", budget, expected)
+    return fraction
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``"2GiB"``, ``"500 MB"`` or ``"4096"``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _SIZE_UNITS.get((found.group(2) or "b").lower()) if found else None
     if found is None or unit is None:
-        raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25")
+        raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25 or '25%'")
     return int(float(found.group(1)) * unit)
 
 
@@ -62,7 +84,9 @@ class Options:
     preset: str = field(default="mikv", metadata={"help": "named set of the options below: " + ", ".join(PRESETS)})
     budget: float | str | None = field(
         default=None,
-        metadata={"help": "fraction of the dense cache's bytes (0.25), or bytes per layer stack ('2GiB'); picks tiers"},
+        metadata={
+            "help": "part of the dense cache's bytes (0.25, '25%'), or bytes per layer stack ('2GiB'); picks tiers"
+        },
     )
     tiers: str | None = field(
         default=None,
@@ -169,12 +193,7 @@ class Options:
         if self.budget is not None:
             if self.tiers is not None:
                 raise OptionError("options 'budget' and 'tiers' both choose the tiers; give one of them")
-            if isinstance(self.budget, str):
-                if parse_size(self.budget) <= 0:
-                    raise _fail("budget", self.budget, "more than no bytes")
-            elif not _is_number(self.budget) or not 0 < self.budget <= 1:
-                raise _fail("budget", self.budget, "a fraction above 0 and at most 1, or a size such as '2GiB'")
-
+            object.__setattr__(self, "budget", parse_budget(self.budget))
         if self.plan is not None:
             self._check_plan()
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from mikv_compile import _compat
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
+from mikv_compile.graph_text import GraphText, graph_text
 from mikv_compile.handle import KVTensor
 from mikv_compile.lowering import Extent, Lowering, PlannedSite, Region, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, RewrittenSite, Site, analyze, rewrite
@@ -19,7 +20,7 @@ from mikv_compile.passes.node_utils import fake, is_metadata, writes_in_place
 from mikv_compile.passes.views import aliases
 from mikv_compile.planner import Planner
 from mikv_compile.preallocated import PreallocatedKV
-from mikv_compile.report import GraphReport, SiteReport, record
+from mikv_compile.report import GraphReport, SiteReport, keeps_graphs, record
 from mikv_compile.runtime import CompressedGraph, SiteCall
 from mikv_compile.sizes import SizeReader, columns_reader
 
@@ -58,7 +59,8 @@ def compile_graph(
     done = {s.site.name for s in rewritten.sites}
     planned = [p for p in planned if p.site.name in done]
     declined = [*analysis.declined, *declined, *rewritten.declined]
-    _report(analysis, planned, declined, options, region)
+    text = graph_text(gm, rewritten) if keeps_graphs() else None
+    _report(analysis, planned, declined, options, region, text)
 
     _check_writes(gm, handles)
     asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
@@ -160,8 +162,9 @@ def _position(site: Site, sizes: SizeReader) -> Callable[[Sequence[Any], int], i
 
 
 def _report(
-    analysis: Analysis, planned: list[PlannedSite], declined: list[Declined], options: Options, region: Region | None
-) -> None:
+    analysis: Analysis, planned: list[PlannedSite], declined: list[Declined], options: Options, region: Region | None,
+    text: GraphText | None,
+) -> None:  # fmt: skip
     sites = tuple(
         SiteReport(
             p.site.name,
@@ -176,8 +179,9 @@ def _report(
         for p in planned
     )
     report = GraphReport(
-        len(analysis.attentions), sites, tuple(declined), options.lower, region.numbers if region is not None else ()
-    )
+        len(analysis.attentions), sites, tuple(declined), options.lower, region.numbers if region is not None else (),
+        text,
+    )  # fmt: skip
     record(report)
     log.info("%s", report)
     if declined and (analysis.updates or not sites):

@@ -135,7 +135,8 @@ class LayerStore:
         self.counts, self.length, self._derived = counts, orders.length + new, None
 
     def _grow(self, counts: tuple[int, ...]) -> None:
-        capacities = self.plan.capacities(counts, self.capacities)
+        # A store that has no slots yet gets those of its first tokens, as LayerPlan.nbytes counts them.
+        capacities = self.plan.capacities(counts, self.capacities if any(self.capacities) else None)
         if capacities == self.capacities:
             return
         s = self.site

@@ -141,11 +141,12 @@ def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``; a value that is a number becomes one."""
+    """``NAME=VALUE``; a value that is a number becomes one, and ``true`` and ``false`` become what they say."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"{text!r} is not NAME=VALUE")
-    return name.strip(), number_or_text(value.strip())
+    value = value.strip()
+    return name.strip(), {"true": True, "false": False}.get(value.lower(), number_or_text(value))
 
 
 def number_or_text(text: str) -> int | float | str:
