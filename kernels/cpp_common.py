@@ -27,7 +27,7 @@ _SOURCES = {
 
 
 def build(name: str, exact: bool = False) -> ctypes.CDLL:
-    """The library ``name``, built on first use.
+    """The library ``name``, built on first use. What cannot be built is tried once per process.
 
     Args:
         name: a key of ``_SOURCES``.
@@ -37,11 +37,18 @@ def build(name: str, exact: bool = False) -> ctypes.CDLL:
         BuildError: it cannot be compiled here.
     """
     folder = Path(__file__).parent
+    if name in _failed:
+        raise BuildError(_failed[name])
     try:
         source = "\n".join((folder / file).read_text(encoding="utf-8") for file in _SOURCES[name])
         return load_cpp_library(source, name, exact)
     except (OSError, RuntimeError) as error:
+        _failed[name] = str(error)
         raise BuildError(str(error)) from error
+
+
+_failed: dict[str, str] = {}
+"""Libraries that could not be built, and why: a compiler that fails takes its time, and each new store would ask."""
 
 
 def side_fields(side: SideBuffers, fmt: SideFormat) -> tuple[int, ...]:

@@ -152,6 +152,23 @@ def parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
     return chosen
 
 
+def check_named_layers(options: Options, layers: int, of: str) -> None:
+    """Refuse an option ``layers`` that names layers beyond the ``layers`` that there are.
+
+    Args:
+        of: what has that many layers, for the message.
+
+    Raises:
+        OptionError: if it does.
+    """
+    beyond = max(parse_layers(options.layers), default=-1)
+    if beyond >= layers:
+        raise OptionError(
+            f"option 'layers' names layer {beyond}, but {of} has {layers} layers with a KV cache, numbered from 0 to "
+            f"{layers - 1}"
+        )
+
+
 def check_counts_no_layers(options: Options, reason: str) -> None:
     """Refuse the options that count the layers of the whole model, for a model compiled layer by layer.
 
@@ -384,6 +401,11 @@ def make(
         raise OptionError(
             f"flush_every={flush} does not go with quantizer {' and '.join(dict.fromkeys(map(repr, names)))}, which "
             f"fills blocks of {block} tokens; use a multiple of {block}, or quantizer='mikv'"
+        )
+    if "k" in key_quantizer.rotates and any(f.key.balanced for f in formats):
+        raise OptionError(
+            f"quantizer {names[0]!r} rotates keys and balances their channels; the balancer is made for channels as "
+            "they are, so a key quantizer can do one of both"
         )
     rotated = ""
     for letter, quantizer, coded in (

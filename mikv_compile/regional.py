@@ -25,7 +25,7 @@ from mikv_compile import _compat, backend
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
 from mikv_compile.lowering import Region
-from mikv_compile.plan import check_counts_no_layers, parse_layers
+from mikv_compile.plan import check_counts_no_layers, check_named_layers, parse_layers
 from mikv_compile.planner import Planner
 from mikv_compile.sensitivity import layer_tiers
 
@@ -135,6 +135,7 @@ def _layer_calls(
 
     This is only about speed: Dynamo's guards tell layers apart that differ after all.
     """
+    check_named_layers(options, len(layers), "this model")
     attributes = [_attributes(layer) for layer in layers]
     numbering = _numbering(attributes)
     overrides: dict[int, Any] = dict(parse_layers(options.layers))

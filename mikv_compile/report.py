@@ -51,6 +51,8 @@ class GraphReport:
     lower: str
     shared_by: tuple[int, ...] = ()
     """The layers that it was compiled for, where it is one layer of a model compiled with ``regional=True``."""
+    notes: tuple[str, ...] = ()
+    """What looks wrong, but may be meant."""
 
     def __str__(self) -> str:
         phases = collections.Counter(s.phase for s in self.rewritten)
@@ -69,6 +71,7 @@ class GraphReport:
             f"  layers {_ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()
         ]
         lines += [f"  declined {d}" for d in self.declined]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
