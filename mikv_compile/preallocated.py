@@ -620,12 +620,14 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
             raise MikvError("a cache tensor that requires gradients cannot be taken over")
         if tensor.layout is not torch.strided or _compat.storage_is_shared(tensor):
             raise MikvError("the memory of a cache tensor is shared with other tensors, so it cannot be taken over")
-        tensor.untyped_storage().resize_(0)
-        tensor.__class__ = PreallocatedKV
+    storage = tensor.untyped_storage() if not isinstance(tensor, PreallocatedKV) else None
+    # The class comes last, so that an interrupt leaves either a dense tensor or a whole handle.
+    tensor.__dict__.update(role=role, kv_layout=layout, _store=store)
+    tensor.__class__ = _class_for(store.plan, role, layout)
     assert isinstance(tensor, PreallocatedKV)
-    tensor.role, tensor.kv_layout = role, layout
-    tensor.store = store
     store.register(tensor)
+    if storage is not None:
+        storage.resize_(0)
     return tensor
 
 

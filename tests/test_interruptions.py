@@ -63,8 +63,8 @@ class Case:
         return cache
 
     @torch.no_grad()
-    def call(self, cache, injection=contextlib.nullcontext()):
-        with dispatch.use(self.backend), injection:
+    def call(self, cache, injection=None):
+        with dispatch.use(self.backend), injection or contextlib.nullcontext():
             return self.fast(self.x, cache)
 
     def go_on(self, cache):
@@ -166,16 +166,14 @@ class Preallocated(Case):
         return copy.deepcopy(self.cache)
 
     @torch.no_grad()
-    def call(self, cache, injection=contextlib.nullcontext()):
+    def call(self, cache, injection=None):
         self.model.k, self.model.v = cache
-        with injection:
+        with injection or contextlib.nullcontext():
             return self.fast(self.x, self.start)
 
     def go_on(self, cache):
         outputs = [self.call(cache), *(self.step(start, 1) for start in self.later)]
-        store = self.model.k.store
-        assert store is self.model.v.store
-        return torch.cat(outputs, 2), list(contents(store))
+        return torch.cat(outputs, 2), [self.model.k + 0, self.model.v + 0]
 
 
 PREALLOCATED = {
