@@ -168,6 +168,17 @@ def parse_to(*args: Any, **kwargs: Any) -> Any:
     return torch._C._nn._parse_to(*args, **kwargs)
 
 
+def is_traced() -> bool:
+    """Whether a compiler traces the code that asks.
+
+    Torch's own ``is_compiling`` is also true in a thread that runs eagerly while another one compiles.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    # The first is a constant while Dynamo traces; other tracers run the code under a mode of this thread.
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def must_run_eagerly() -> bool:
     """While Dynamo traces an operation on a tensor that has no memory: True if the graph must not get it.
 

@@ -500,7 +500,7 @@ class PreallocatedKV(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Where Dynamo traces this method, the graph gets the plain operation.
-        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
+        if _compat.is_traced() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _eager_untraced(func, args, kwargs)
@@ -576,7 +576,7 @@ class PreallocatedView(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
+        if _compat.is_traced() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _eager_untraced(func, args, kwargs)

@@ -257,7 +257,7 @@ class _LayerCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In a graph that somebody else traces, a layer is what its class says.
-        if torch.compiler.is_compiling() or self._must_run_plainly():
+        if _compat.is_traced() or self._must_run_plainly():
             return self.__wrapped__(*args, **kwargs)
         views: list[tuple[Any, Any]] = []
         cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
@@ -343,7 +343,7 @@ class _Named:
 
     def name(self, index: Any) -> Any:
         """``OWN`` for the layer's own index, without a guard on it while Dynamo traces; other indices as they are."""
-        own = _asks_for_own() if torch.compiler.is_compiling() else type(index) is int and index in (OWN, self.index)
+        own = _asks_for_own() if _compat.is_traced() else type(index) is int and index in (OWN, self.index)
         return OWN if own else index
 
 
