@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -49,6 +50,23 @@ def build(name: str, exact: bool = False) -> ctypes.CDLL:
 
 _failed: dict[str, str] = {}
 """Libraries that could not be built, and why: a compiler that fails takes its time, and each new store would ask."""
+
+
+def threads() -> int:
+    """Threads that a kernel may take: those of torch, and one in a forked process, where OpenMP has lost its own."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def side_fields(side: SideBuffers, fmt: SideFormat) -> tuple[int, ...]:
