@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -195,6 +196,17 @@ def parse_to(*args: Any, **kwargs: Any) -> Any:
     return torch._C._nn._parse_to(*args, **kwargs)
 
 
+def is_traced() -> bool:
+    """Whether a compiler traces the code that asks.
+
+    Torch's own ``is_compiling`` is also true in a thread that runs eagerly while another one compiles.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    # The first is a constant while Dynamo traces; other tracers run the code under a mode of this thread.
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def must_run_eagerly() -> bool:
     """While Dynamo traces an operation on a tensor that has no memory: True if the graph must not get it.
 
@@ -249,6 +261,23 @@ def value_at(source: Any, given: dict[str, Any]) -> Any:
         return eval(name, {"L": given})
     except Exception:  # names of Dynamo's own helpers, modules that this layer lacks
         return None
+
+
+def is_whole_call(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph is all of a compiled call: no break splits it, and nothing around it runs uncompiled.
+
+    False where that cannot be told.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or reason.graph_break:
+        return False
+    frame, around = sys._getframe(), []
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        around.append(frame.f_code.co_filename)
+        frame = frame.f_back  # type: ignore[assignment]
+    dynamo = [i for i, file in enumerate(around) if "_dynamo" in file]
+    # Between the call of the compiled function and Dynamo there is at most the calling of a module.
+    return frame is not None and bool(dynamo) and set(around[dynamo[-1] + 1 :]) <= {torch.nn.modules.module.__file__}
 
 
 def untraced(function: Any, reason: str) -> Any:

@@ -33,6 +33,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 _SIZE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+MOST_TOKENS = 2**31
+"""Positions are stored as int32."""
+
+MOST_BYTES = 2**60
+
+
 def _fail(name: str, value: object, expected: str) -> OptionError:
     return OptionError(f"option {name!r} is {value!r}; expected {expected}")
 
@@ -70,7 +76,10 @@ def parse_size(text: str) -> int:
     unit = _SIZE_UNITS.get((found.group(2) or "b").lower()) if found else None
     if found is None or unit is None:
         raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25 or '25%'")
-    return int(float(found.group(1)) * unit)
+    size = float(found.group(1)) * unit
+    if size >= MOST_BYTES:
+        raise _fail("budget", text, "a size that a memory may have")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,13 @@ class Options:
             OptionError: for an unknown key, with the nearest known name.
         """
         given = dict(options or {})
-        inductor = {k.removeprefix("inductor."): given.pop(k) for k in list(given) if k.startswith("inductor.")}
+        told = [k for k in given if isinstance(k, str) and k.startswith("inductor.")]
+        inductor = {k.removeprefix("inductor."): given.pop(k) for k in told}
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}{_nearest(str(name), known)}")
-        if inductor:
+        if inductor and isinstance(given.get("inductor", {}), Mapping):
             given["inductor"] = {**given.get("inductor", {}), **inductor}
         return cls(**given)
 
@@ -166,8 +176,10 @@ class Options:
                 raise OptionError(f"unknown {name} {value!r}{_nearest(str(value), list(registry))}")
         for name, least in (("window", 0), ("sinks", 0), ("flush_every", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise _fail(name, value, f"a whole number of tokens, at least {least}")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MOST_TOKENS:
+                raise _fail(name, value, f"a whole number of tokens, at least {least} and below 2**31")
         for name, known in (("heads", ("sum", "max")), ("layer_budget", ("uniform", "pyramid"))):
             value = getattr(self, name)
             if value is not None and value not in known:

@@ -52,6 +52,8 @@ class GraphReport:
     lower: str
     shared_by: tuple[int, ...] = ()
     """The layers that it was compiled for, where it is one layer of a model compiled with ``regional=True``."""
+    notes: tuple[str, ...] = ()
+    """What looks wrong, but may be meant."""
     text: GraphText | None = field(default=None, repr=False)
     """The graph before and after, if it was asked for: ``explain(..., keep_graphs=True)``."""
 
@@ -70,6 +72,7 @@ class GraphReport:
                 dense.setdefault(site.reason, []).append(site.layer)
         lines += [f"  layers {ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()]
         lines += [f"  declined {d}" for d in self.declined]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
