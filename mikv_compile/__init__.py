@@ -24,7 +24,9 @@ _PUBLIC = {
     "calibrate": "calibration",
     "compile": "regional",
     "explain": "report",
+    "export": "export_program",
     "graph_reports": "report",
+    "load_exported": "export_runner",
     "transform": "graph_transform",
     "uncompile": "regional",
 }
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from mikv_compile.calibration import calibrate
     from mikv_compile.config import PRESETS, Options
     from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
+    from mikv_compile.export_program import export
+    from mikv_compile.export_runner import load_exported
     from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
     from mikv_compile.regional import compile, uncompile
@@ -52,7 +56,9 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "export",
     "graph_reports",
+    "load_exported",
     "transform",
     "uncompile",
 ]
