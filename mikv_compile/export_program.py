@@ -42,7 +42,7 @@ def export(
     """Compile a decoder with AOTInductor, with a compressed KV cache, into one file.
 
     :func:`mikv_compile.load_exported` runs it, in a process that needs torch and this package, but neither
-    transformers nor the model's code. Compiling takes minutes for a model of 30 layers.
+    transformers nor the model's code. Compiling takes minutes for models of dozens of layers.
 
     Args:
         model: a causal language model of transformers whose layers keep keys and values only, or a module with
