@@ -34,6 +34,7 @@ prompt = torch.randint(3, 256, (1, 500), generator=torch.Generator().manual_seed
 cache = DynamicCache()
 tokens = compiled.generate(prompt, past_key_values=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
 heads = cache.layers[0].keys.shape[1]
-print(f"rank {rank}: {heads} KV heads, {mikv_compile.cache_report(cache)}\n{tokens[0, 500:].tolist()}", flush=True)
+said = f"rank {rank}: {heads} KV heads, {mikv_compile.cache_report(cache)}\n{tokens[0, 500:].tolist()}\n"
+print(said, end="", flush=True)  # in one piece: all ranks write to one terminal
 if dist.is_initialized():
     dist.destroy_process_group()

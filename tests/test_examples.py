@@ -48,13 +48,14 @@ def test_static_cache(tmp_path):
     assert "2 compressed" in said and float(re.search(r"([\d.]+)% of dense", said)[1]) < 40
 
 
+@pytest.mark.slow
 def test_tensor_parallel_equals_one_process(tmp_path):
     whole = run(tmp_path, example("tensor_parallel.py"), "llama")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     split = run(tmp_path, *launch, example("tensor_parallel.py"), "llama")
     assert "rank 0: 2 KV heads" in whole and "rank 0: 1 KV heads" in split and "rank 1: 1 KV heads" in split
-    tokens = [line for line in split.splitlines() if line.startswith("[")]
-    assert tokens == [line for line in whole.splitlines() if line.startswith("[")] * 2
+    tokens = re.findall(r"\[\d[\d, ]{40,}\]", whole)
+    assert len(tokens) == 1 and re.findall(r"\[\d[\d, ]{40,}\]", split) == tokens * 2
 
 
 @pytest.mark.slow
@@ -81,4 +82,4 @@ def test_a_pipeline_with_a_compiled_model_has_the_plain_models_text():
         generate = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
         texts.append(generate("w7", max_new_tokens=20, do_sample=False)[0]["generated_text"])
     assert texts[0] == texts[1] and len(texts[0]) > 20
-    assert [len(graph.rewritten) for graph in mikv_compile.graph_reports()[reports:]] == [2, 2]
+    assert {len(graph.rewritten) for graph in mikv_compile.graph_reports()[reports:]} == {2}

@@ -307,7 +307,7 @@ def transformers_tokens(model, ids, steps, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gpt_oss"))]
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "mistral", "gpt_oss"))]
 )
 def test_models_of_transformers(name):
     """Past the sliding window of 24 tokens too."""
