@@ -150,6 +150,34 @@ def compile_with_inductor(gm: torch.fx.GraphModule, inputs: list[Any], options: 
     return torch._inductor.compile(gm, inputs, options=options)
 
 
+def compile_ahead_of_time(program: torch.export.ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    """AOTInductor's files of an exported program, with its weights apart; for :func:`write_package`."""
+    import torch._inductor
+
+    args, kwargs = program.example_inputs  # type: ignore[misc]
+    settings = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    }
+    return torch._inductor.aot_compile(program.module(), args, kwargs, options={**options, **settings})  # type: ignore
+
+
+def write_package(path: str, programs: dict[str, list[Any]], texts: dict[str, str]) -> None:
+    """Write programs of :func:`compile_ahead_of_time` and texts to a ``.pt2`` file; equal weights are there once."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(path, aoti_files=programs, extra_files=texts)
+
+
+def read_package(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The callable programs and the texts of a ``.pt2`` file; programs share equal weights."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    found = load_pt2(path, load_weights_from_disk=True)
+    return found.aoti_runners, found.extra_files
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor options of a ``torch.compile`` mode."""
     import torch._inductor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -26,6 +27,48 @@ from mikv_compile.runtime import CompressedGraph, SiteCall
 from mikv_compile.sizes import SizeReader, columns_reader
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewrittenDecoder:
+    """A graph whose caches have become stores, not yet compiled."""
+
+    graph: RewrittenGraph
+    calls: list[SiteCall]
+    """Of the rewritten sites."""
+    asked: list[int]
+    """Positions of the original inputs of which only sizes are read."""
+    declined: list[Declined]
+    """What stayed as it was, and why."""
+
+
+def rewrite_graph(
+    gm: GraphModule,
+    handles: Mapping[Node, Any],
+    options: Options,
+    *,
+    records_grad: bool,
+    region: Region | None = None,
+    whole: bool = False,
+) -> RewrittenDecoder:
+    """Plan and rewrite the sites of a graph in a copy; for the arguments see :func:`compile_graph`."""
+    planner = Planner(options)
+    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
+    sizes = SizeReader(gm.graph)
+    planned, declined = _select(analysis, planner, sizes, handles, records_grad, region)
+    rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
+    done = {s.site.name for s in rewritten.sites}
+    planned = [p for p in planned if p.site.name in done]
+    declined = [*analysis.declined, *declined, *rewritten.declined]
+    notes = _check_layers(options, len(analysis.sites), whole and not declined) if region is None else ()
+    text = graph_text(gm, rewritten) if keeps_graphs() else None
+    _report(analysis, planned, declined, options, region, notes, text)
+
+    _check_writes(gm, handles)
+    asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
+    layers = len(planned) if region is None else region.of
+    calls = [_site_call(p, s, sizes, layers) for p, s in zip(planned, rewritten.sites, strict=True)]
+    return RewrittenDecoder(rewritten, calls, asked, declined)
 
 
 def compile_graph(
@@ -54,28 +97,14 @@ def compile_graph(
     Raises:
         OptionError: for options that are impossible for this graph.
     """
-    planner = Planner(options)
-    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
-    sizes = SizeReader(gm.graph)
-    planned, declined = _select(analysis, planner, sizes, handles, records_grad, region)
-    rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
-    done = {s.site.name for s in rewritten.sites}
-    planned = [p for p in planned if p.site.name in done]
-    declined = [*analysis.declined, *declined, *rewritten.declined]
-    notes = _check_layers(options, len(analysis.sites), whole and not declined) if region is None else ()
-    text = graph_text(gm, rewritten) if keeps_graphs() else None
-    _report(analysis, planned, declined, options, region, notes, text)
-
-    _check_writes(gm, handles)
-    asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
+    made = rewrite_graph(gm, handles, options, records_grad=records_grad, region=region, whole=whole)
+    rewritten = made.graph
     inputs = _make_dense(rewritten, example_inputs)
     if options.lower == "eager":
         function: Callable[..., Any] = rewritten.gm.forward
     else:
         function = _compat.compile_with_inductor(rewritten.gm, inputs, dict(settings))
-    layers = len(planned) if region is None else region.of
-    calls = [_site_call(p, s, sizes, layers) for p, s in zip(planned, rewritten.sites, strict=True)]
-    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), asked, calls)
+    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), made.asked, made.calls)
 
 
 def _select(
