@@ -19,6 +19,12 @@ ROUNDING = 64
 KEEPING = (("fp", "int8"), ("int8", "int4"), ("int8", "k4v3"), ("int8", "k4v2"))
 """High and low tier that hold all tokens, best first; the budget says how many are in the high one."""
 
+MIXED = ("int8", "k4v2", "k3v2")
+"""Tiers that hold all tokens where the last of these would not: window and sinks, as many as fit, the rest."""
+
+WAITING = 40
+"""Of the up to 63 tokens that fill no block of ``MIXED`` and wait in the high tier: what a budget pays for."""
+
 EVICTING = ("int8", "k4v2", 0.01)
 """High and low tier below that, and the high tier's share; the budget says how many tokens the low one keeps."""
 
@@ -86,7 +92,7 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     """Tiers whose bytes are ``budget`` times the dense bytes, from ``BUDGET_LENGTH`` tokens on.
 
     What is of one size at any length is taken off a share (``0.41-85``), so longer prompts do not leave bytes unused.
-    In short ones, window and sinks may alone be more than their part: 2 % above at 2,048 tokens, 10 % at 1,024.
+    In short ones, window and sinks may alone be more than their part: 5 % above at 2,048 tokens, 10 % at 1,024.
     While tokens are generated, up to ``flush_every`` of them wait in the high tier on top.
 
     Raises:
@@ -111,6 +117,16 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
         less = math.ceil(always + (fixed + FIRST_STEP * of_high) / (of_high - of_low))
         if share * BUDGET_LENGTH >= less + (ROUNDING if low != "int8" else 0):
             return parse_tiers(f"{high}:{_floor(min(share, 1.0))}-{less},{low}")
+    high, middle, low = MIXED
+    of_high, of_middle, fixed = slots(high, middle)
+    of_low = slots(high, low)[1]
+    if of_low < of_middle:  # rounding up may make them equal, where heads are small
+        high_share = max((per_token - of_middle) / (of_high - of_middle), 0.0)
+        share = min((per_token - of_low) / (of_middle - of_low), 1.0 - high_share)
+        dear = max(always - high_share * BUDGET_LENGTH, 0.0) + WAITING
+        less = math.ceil((fixed + dear * (of_high - of_low)) / (of_middle - of_low))
+        if share * BUDGET_LENGTH >= less:
+            return parse_tiers(f"{high}:{_floor(high_share)}-{always},{middle}:{_floor(share)}-{less},{low}")
     high, low, high_share = EVICTING
     of_high, of_low, fixed = slots(high, low)
     share = (per_token - of_high * high_share) / of_low

@@ -9,7 +9,7 @@ from mikv_compile.plan import CacheShape
 from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
 
-BUDGETS = (0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.55, 0.7, 0.9)
+BUDGETS = (0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.215, 0.225, 0.23, 0.24, 0.245, 0.3, 0.4, 0.55, 0.7, 0.9)
 SHAPES = {
     "llama-8b": CacheShape(1, 8, 128, 128, torch.bfloat16, 32),
     "smollm2-135m": CacheShape(1, 3, 64, 64, torch.float16, 30),
@@ -20,7 +20,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("length", [3000, 4096, 8191])
+@pytest.mark.parametrize("length", [3000, 4096, 4159, 8191])
 def test_true_bytes_are_those_of_the_budget(shape, length):
     for budget in BUDGETS:
         plan = Planner(Options(budget=budget)).layer(0, shape)
@@ -35,7 +35,15 @@ def test_true_bytes_are_those_of_the_budget(shape, length):
         )
 
 
-@pytest.mark.parametrize("budget", [0.08, 0.12, 0.3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_no_token_is_dropped_where_3_bit_keys_and_2_bit_values_fit(shape):
+    """What nobody has asked for yet is lost by eviction, at a budget that would hold it (docs/fidelity.md)."""
+    for budget in (0.215, 0.225, 0.235, 0.245, 0.26):
+        assert not Planner(Options(budget=budget)).layer(0, shape).evicts, budget
+    assert Planner(Options(budget=0.18)).layer(0, shape).evicts
+
+
+@pytest.mark.parametrize("budget", [0.08, 0.12, 0.23, 0.3])
 def test_a_compiled_model_keeps_to_its_budget(budget):
     decoder = Decoder(layers=1, heads=2, kv_heads=2, dim=64, dtype=torch.float16)
     fast = torch.compile(decoder, backend="mikv", options={"lower": "eager", "budget": budget})
