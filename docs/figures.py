@@ -69,7 +69,7 @@ def draw_tiers(caches: dict[str, list[LayerStore]], path: Path) -> None:
     norm = BoundaryNorm([-1.5, -0.5, 0.5, 1.5], 3)
     for axis, (title, layers) in zip(axes[:, 0], caches.items(), strict=True):
         image = torch.stack([tiers_of(store)[0].clamp(max=1) for store in layers])  # all tiers below the first: low
-        axis.imshow(image, aspect="auto", interpolation="nearest", cmap=ListedColormap(colours), norm=norm)
+        axis.imshow(image.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(colours), norm=norm)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_ylabel("layer")
     axes[-1, 0].set_xlabel("position of the token")
@@ -85,7 +85,7 @@ def draw_precision(layers: list[LayerStore], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, side in zip(axes, ("key", "value"), strict=True):
         image = torch.stack([bits_of(store, side) for store in layers])
-        shown = axis.imshow(image, aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0, vmax=8)
+        shown = axis.imshow(image.numpy(), aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0, vmax=8)
         axis.set_title(f"bits of a {side}", fontsize=10, loc="left")
         axis.set_xlabel("position of the token")
     axes[0].set_ylabel("layer")

@@ -18,9 +18,9 @@ _TEXT = """<!-- Made by `python docs/options_table.py`; do not edit by hand. -->
 
 # Options
 
-`torch.compile(model, backend="mikv", options={{...}})`, or `mikv_compile.compile(model, budget=0.25, ...)`. Without any the
-defaults are good. An unknown name, a wrong type or an impossible combination is refused; `mikv_compile.Options.parse(options)`
-does so at once:
+`torch.compile(model, backend="mikv", options={{...}})`, or `mikv_compile.compile(model, budget=0.25, ...)`. The defaults
+need no thought. An unknown name, a wrong type or an impossible combination is refused at the first call;
+`mikv_compile.Options.parse(options)` does so at once:
 
 ```python
 from mikv_compile import OptionError, Options
@@ -34,9 +34,9 @@ except OptionError as error:
 
 {options}
 
-"preset" and "policy" in the column of defaults: the preset or the policy says it. `-`: not set. More about tiers: [formats](formats.md); about
-`plan`: [calibration](calibration.md); about `policy` and `layer_budget`: [policies](policies.md); about `quantizer`:
-[quantizers](quantizers.md).
+"preset" and "policy" in the column of defaults: the preset or the policy says it. `-`: not set. More about tiers:
+[formats](formats.md); about `plan`: [calibration](calibration.md); about `policy` and `layer_budget`:
+[policies](policies.md); about `quantizer`: [quantizers](quantizers.md).
 
 ## Presets
 

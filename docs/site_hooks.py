@@ -1,7 +1,7 @@
 """Hooks of mkdocs: repository files that pages link to become a part of the site.
 
-Pages link as GitHub reads them: ``../CONTRIBUTING.md``, ``../benchmarks/results/fidelity/pareto.png``. Each such file is
-added to the site below ``repository/``, and links are rewritten to it; so are the links of the pages that are added.
+Pages link as GitHub reads them: ``../CONTRIBUTING.md``, ``../benchmarks/results/fidelity/pareto.png``. Each such file
+is added to the site below ``repository/``, and links are rewritten to it; so are the links of the pages that are added.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from mkdocs.structure.files import File, Files, InclusionLevel
 
 FOLDER = "repository"
 """Where the site keeps files from outside of the folder ``docs``."""
@@ -72,8 +70,15 @@ def rewritten(text: str, page: str, is_file: Callable[[str], bool]) -> tuple[str
     return "".join(parts) + text[end:], needed
 
 
-def on_files(files: Files, config: Any) -> Files:
+def roles(html: str) -> str:
+    """HTML of docstrings without the roles of reStructuredText, which markdown does not know."""
+    return re.sub(r":(?:func|class|meth|mod|attr|data):<code>(?:~[\w.]*\.)?", "<code>", html)
+
+
+def on_files(files: Any, config: Any) -> Any:
     """Add what pages link to, and what the added pages link to."""
+    from mkdocs.structure.files import File, InclusionLevel  # tests use the rest of this file without mkdocs
+
     root = Path(config["config_file_path"]).parent
 
     def is_file(path: str) -> bool:
@@ -93,7 +98,12 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite the links of a page."""
     root = Path(config["config_file_path"]).parent
     return rewritten(markdown, source_of(page.file.src_uri), lambda path: (root / path).is_file())[0]
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Clean what docstrings became."""
+    return roles(html)
