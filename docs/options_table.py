@@ -18,7 +18,7 @@ _TEXT = """<!-- Made by `python docs/options_table.py`; do not edit by hand. -->
 
 # Options
 
-`torch.compile(model, backend="mikv", options={{...}})`, or `mikv_compile.compile(model, budget=0.25, ...)`. The defaults
+`torch.compile(model, backend="mikv", options={{...}})`, or `mikv_compile.compile(model, budget=0.25, ...)`. Defaults
 need no thought. An unknown name, a wrong type or an impossible combination is refused at the first call;
 `mikv_compile.Options.parse(options)` does so at once:
 
