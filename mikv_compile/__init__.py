@@ -19,12 +19,16 @@ _PUBLIC = {
     "OptionError": "errors",
     "Options": "config",
     "PRESETS": "config",
+    "SavedCacheError": "errors",
     "UnusableCacheError": "errors",
     "cache_report": "report",
+    "cached_tokens": "saved",
     "calibrate": "calibration",
     "compile": "regional",
     "explain": "report",
     "graph_reports": "report",
+    "load_cache": "saved",
+    "save_cache": "saved",
     "transform": "graph_transform",
     "uncompile": "regional",
 }
@@ -32,11 +36,12 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from mikv_compile.calibration import calibrate
     from mikv_compile.config import PRESETS, Options
-    from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, UnusableCacheError
+    from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, SavedCacheError, UnusableCacheError
     from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
     from mikv_compile.regional import compile, uncompile
     from mikv_compile.report import cache_report, explain, graph_reports
+    from mikv_compile.saved import cached_tokens, load_cache, save_cache
     from mikv_compile.sensitivity import Calibration
 
 __all__ = [
@@ -47,12 +52,16 @@ __all__ = [
     "MikvError",
     "OptionError",
     "Options",
+    "SavedCacheError",
     "UnusableCacheError",
     "cache_report",
+    "cached_tokens",
     "calibrate",
     "compile",
     "explain",
     "graph_reports",
+    "load_cache",
+    "save_cache",
     "transform",
     "uncompile",
 ]

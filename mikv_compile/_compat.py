@@ -6,12 +6,19 @@ import ctypes
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
-from torch.utils._pytree import tree_flatten as tree_flatten
-from torch.utils._pytree import tree_map_only as tree_map_only
-from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from mikv_compile.errors import MikvError
+from mikv_compile.versions import check_torch, untested
+
+check_torch(torch.__version__)  # before anything that an old release lacks is imported
+
+try:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as statically_known_true
+    from torch.utils._pytree import tree_flatten as tree_flatten
+    from torch.utils._pytree import tree_map_only as tree_map_only
+    from torch.utils._pytree import tree_unflatten as tree_unflatten
+except ImportError as error:
+    raise ImportError(f"{untested(torch.__version__) or 'this build of torch is unusual'}: {error}") from error
 
 
 def load_cpp_library(source: str, name: str, exact: bool = False) -> ctypes.CDLL:

@@ -17,5 +17,9 @@ class UnusableCacheError(MikvError, RuntimeError):
     """A compressed cache can no longer be used, and the message says why and what to do."""
 
 
+class SavedCacheError(MikvError, ValueError):
+    """A cache cannot be saved, or a saved one cannot be used here; the message says which file, why and what to do."""
+
+
 class CannotServe(MikvError):
     """A call is beyond what the rewritten graph can do, and the graph as it was runs instead; users never see this."""

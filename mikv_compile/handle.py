@@ -247,7 +247,7 @@ class KVTensor(torch.Tensor):
         return self._rebound(self._real_store("copy"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise MikvError("a compressed KV cache cannot be pickled; save what handle.dequantize() returns")
+        raise MikvError("a compressed KV cache cannot be pickled; mikv_compile.save_cache writes caches to files")
 
 
 class DequantizedView(torch.Tensor):

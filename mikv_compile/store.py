@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -35,6 +35,19 @@ INTERRUPTED = (
 def _follows(handle: KVTensor | PreallocatedKV) -> bool:
     """Whether a handle shows whatever its store holds, instead of the same tokens forever."""
     return handle.is_preallocated and getattr(handle, "_range", None) is None
+
+
+class Bookkeeping(NamedTuple):
+    """What a store knows of its buffers, apart from plan and sizes; names are those of :class:`LayerStore`."""
+
+    base: int
+    start: int
+    length: int
+    counts: tuple[int, ...]
+    exact_from: int
+    """Tokens from this position on, relative to ``base``, are in tier 0 of every (batch row, KV head)."""
+    recycled: tuple[int, int]
+    """What may be overwritten of the last tier; see :meth:`~mikv_compile.plan.LayerPlan.recycling`."""
 
 
 class LayerStore:
@@ -353,6 +366,16 @@ class LayerStore:
     def dense_nbytes(self) -> int:
         """Bytes of the dense keys and values of the same length in the model's dtype."""
         return self.site.dense_nbytes(self.length)
+
+    @property
+    def bookkeeping(self) -> Bookkeeping:
+        """What has to be known to go on with the same buffers."""
+        return Bookkeeping(self.base, self.start, self.length, self.counts, self._exact_from, self._recycled)
+
+    @bookkeeping.setter
+    def bookkeeping(self, kept: Bookkeeping) -> None:
+        self.base, self.start, self.length, self.counts, self._exact_from, self._recycled = kept
+        self.changes += 1
 
     def typed(self) -> StoreBuffers:
         """The buffers, named."""

@@ -1,11 +1,14 @@
 """Imports in processes of their own: the folder called kernels, entry point, logs, and what importing costs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mikv_compile import versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,3 +58,41 @@ def test_torch_logs(tmp_path):
         "import torch; f = torch.compile(lambda x: x + 1, backend='mikv', options={'lower': 'eager'}); f(torch.ones(2))"
     )
     assert "attention calls" in python(code, cwd=tmp_path, TORCH_LOGS="+mikv_compile")
+
+
+def test_every_public_name_is_there_and_described():
+    """Also in the lists for type checkers, which are written twice."""
+    import mikv_compile
+
+    text = Path(mikv_compile.__file__).read_text()
+    typed = set(re.findall(r"^    from mikv_compile\.\w+ import (.+)$", text, re.MULTILINE))
+    typed = {name.strip() for names in typed for name in names.split(",")}
+    assert set(mikv_compile.__all__) == set(mikv_compile._PUBLIC) == typed
+    for name in mikv_compile.__all__:
+        assert getattr(mikv_compile, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mikv_compile.nothing
+
+
+@pytest.mark.parametrize(
+    "version, accepted", [("2.10.1", False), ("1.13", False), ("2.11.0+cu128", True), ("3.0", True)]
+)
+def test_old_releases_of_torch_are_refused(version, accepted):
+    if accepted:
+        versions.check_torch(version)
+    else:
+        with pytest.raises(ImportError, match=r"needs torch 2\.11 or later.*pip install 'torch>=2\.11'"):
+            versions.check_torch(version)
+
+
+def test_an_old_torch_is_named_before_anything_breaks():
+    code = "import torch; torch.__version__ = '2.4.0'; import mikv_compile; mikv_compile.compile"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode and "ImportError: mikv_compile needs torch 2.11 or later, and this is torch 2.4.0" in (
+        result.stderr
+    )
+
+
+def test_a_newer_torch_is_only_said_to_be_untested():
+    assert versions.untested("2.13.0+cpu") is None and versions.untested("2.11") is None
+    assert "torch 2.14.0 is newer than 2.13" in versions.untested("2.14.0")
