@@ -41,6 +41,15 @@ NOT_CODE = ("text",)
 NOT_RUN: Counter[str] = Counter()
 """Page -> number of its blocks with ``<!-- not run: REASON -->`` before them; every one has to be entered here."""
 
+GIVEN = {
+    "docs/saved_caches.md": """
+from transformers import DynamicCache
+compiled = torch.compile(model, backend="mikv")
+document, prompt = input_ids, torch.cat([input_ids, input_ids[:, :4]], dim=1)
+"""
+}
+"""Page -> what its blocks take for granted besides the names of the fixture ``namespace``."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -171,6 +180,7 @@ RUN_AS_A_PAGE = list(dict.fromkeys(b.page for b in of_language("python") if b.pa
 
 @pytest.mark.parametrize("page", RUN_AS_A_PAGE)
 def test_python_blocks_run(page, namespace):
+    exec(GIVEN.get(page, ""), namespace)
     for block in of_language("python"):
         if block.page == page:
             execute(block, namespace)
