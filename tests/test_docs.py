@@ -476,6 +476,15 @@ def test_each_policy_and_quantizer_has_its_page(kind, registry):
         assert ids <= cited[module], module
 
 
+def test_papers_are_those_that_links_lead_to():
+    found = [
+        pair
+        for page in PAGES
+        for pair in re.findall(r"\[(?:arXiv )?([\d.]+)\]\(https://arxiv.org/abs/([\d.]+)\)", read(page))
+    ]
+    assert len(found) > 25 and all(shown == linked for shown, linked in found)
+
+
 def test_api_page_has_every_public_name():
     found = re.findall(r"^::: mikv_compile\.(\w+)$", read("docs/api.md"), re.M)
     assert sorted(found) == sorted(mikv_compile.__all__)
