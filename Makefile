@@ -10,8 +10,9 @@ STAMPS := $(VENV)/.stamps
 demo: $(STAMPS)/demo
 	$(BIN)/python examples/smollm2_demo.py $(ARGS)
 
+# Files of tests are shared by up to four processes; ARGS="-n 0 ..." runs them in one, which pdb needs.
 test: $(STAMPS)/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: $(STAMPS)/bench
 	$(BIN)/python -m benchmarks all $(ARGS)

@@ -10,7 +10,7 @@ from struct import Struct
 
 import torch
 
-from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
+from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields, threads
 from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.formats import LayerFormat, StoreBuffers
 
@@ -178,7 +178,7 @@ class PreparedCall:
         rows_q = q.float().contiguous()
         fields = self._fields
         _OUTPUTS.pack_into(fields, 0, rows_q.data_ptr(), out, lse.data_ptr())
-        _THREADS_AND_MASK.pack_into(fields, 8 * _THREADS, torch.get_num_threads(), *mask_fields)
+        _THREADS_AND_MASK.pack_into(fields, 8 * _THREADS, threads(), *mask_fields)
         for at, count in zip(self._counts, counts, strict=True):
             _COUNT.pack_into(fields, at, count)
         own = self._own

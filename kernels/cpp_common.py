@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _SOURCES = {
 
 
 def build(name: str, exact: bool = False) -> ctypes.CDLL:
-    """The library ``name``, built on first use.
+    """The library ``name``, built on first use. What cannot be built is tried once per process.
 
     Args:
         name: a key of ``_SOURCES``.
@@ -37,11 +38,35 @@ def build(name: str, exact: bool = False) -> ctypes.CDLL:
         BuildError: it cannot be compiled here.
     """
     folder = Path(__file__).parent
+    if name in _failed:
+        raise BuildError(_failed[name])
     try:
         source = "\n".join((folder / file).read_text(encoding="utf-8") for file in _SOURCES[name])
         return load_cpp_library(source, name, exact)
     except (OSError, RuntimeError) as error:
+        _failed[name] = str(error)
         raise BuildError(str(error)) from error
+
+
+_failed: dict[str, str] = {}
+"""Libraries that could not be built, and why: a compiler that fails takes its time, and each new store would ask."""
+
+
+def threads() -> int:
+    """Threads that a kernel may take: those of torch, and one in a forked process, where OpenMP has lost its own."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def side_fields(side: SideBuffers, fmt: SideFormat) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from mikv_compile.kernels.cpp_common import build
+from mikv_compile.kernels.cpp_common import build, threads
 from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import SideFormat
@@ -39,7 +39,7 @@ def _fit(
         fields = array("q", (
             x.data_ptr(), codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
             0 if order is None else order.data_ptr(), 0 if factor is None else factor.data_ptr(),
-            b * h, t, d, fmt.tokens, fmt.channels, fmt.bits, int(fmt.fit == "unbiased"), torch.get_num_threads(),
+            b * h, t, d, fmt.tokens, fmt.channels, fmt.bits, int(fmt.fit == "unbiased"), threads(),
         ))  # fmt: skip
         if kernel()(fields.buffer_info()[0]):
             raise MemoryError("the kernel could not allocate its scratch space")

@@ -16,7 +16,7 @@ from struct import Struct
 import torch
 
 from mikv_compile.kernels import dispatch
-from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields
+from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields, threads
 from mikv_compile.kernels.dispatch import BuildError, NotCovered
 from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, TierBuffers, TierFormat
@@ -84,7 +84,7 @@ def _header(
     limit: int = 0,
 ) -> list[int]:
     """``struct Call`` up to its tiers."""
-    fields = [*k, *v, start, count, first_position, *own_scores, *demotion, torch.get_num_threads()]
+    fields = [*k, *v, start, count, first_position, *own_scores, *demotion, threads()]
     fields += [batch, heads, key_dim, value_dim, 0 if balancer is None else balancer.data_ptr()]
     return [*fields, *scores, *index, *target, *places, limit, num_tiers]
 
@@ -249,7 +249,7 @@ def select_tokens(scores: torch.Tensor, orders: Orders) -> Sequence[torch.Tensor
     scores = _input_rows(scores, torch.float32)
     found = torch.empty((batch, heads, chosen), dtype=torch.int64, device="cpu")
     fields = (*_rows(scores, torch.float32), *_rows(found, torch.int64), batch, heads, tokens)
-    limits = (orders.sinks, orders.recent_from, torch.get_num_threads(), len(orders.counts))
+    limits = (orders.sinks, orders.recent_from, threads(), len(orders.counts))
     _call("select_tokens", fields, limits, orders.counts)
     return found.split(orders.counts, dim=2)
 
@@ -376,7 +376,7 @@ class AppendPlan:
             scores = _rows(own_scores, torch.float32)
         fields = self._fields
         if batch * heads * count * (dim + self._value_dim) >= _PARALLEL:
-            fields[_THREADS] = torch.get_num_threads()
+            fields[_THREADS] = threads()
         _APPEND.pack_into(
             fields, 0,
             k_kind, k.data_ptr(), k_batch, k_head, k_token, v_kind, v.data_ptr(), v_batch, v_head, v_token,

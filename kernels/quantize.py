@@ -111,8 +111,8 @@ def channel_balancer(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     batch, kv_heads, tokens, dim = k.shape
     if not (tokens and q.shape[2]):
         return torch.ones(batch, kv_heads, dim, device=k.device)
-    q_max = q.abs().amax(dim=2).float().reshape(batch, kv_heads, -1, dim).amax(dim=2)
+    q_max = q.abs().amax(dim=2).float().reshape(batch, kv_heads, q.shape[1] // kv_heads, dim).amax(dim=2)
     k_max = k.abs().amax(dim=2).float()
     ratio = (q_max / k_max).sqrt()
-    usable = (q_max > 0) & (k_max > 0) & ratio.isfinite()
+    usable = (q_max > 0) & (k_max > 0) & q_max.isfinite() & k_max.isfinite() & ratio.isfinite()
     return torch.where(usable, ratio.clamp(1e-4, 1e4), 1.0)

@@ -26,8 +26,10 @@ _PUBLIC = {
     "calibrate": "calibration",
     "compile": "regional",
     "explain": "report",
+    "export": "export_program",
     "graph_reports": "report",
     "load_cache": "saved",
+    "load_exported": "export_runner",
     "save_cache": "saved",
     "transform": "graph_transform",
     "uncompile": "regional",
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from mikv_compile.calibration import calibrate
     from mikv_compile.config import PRESETS, Options
     from mikv_compile.errors import EvictedTokensError, MikvError, OptionError, SavedCacheError, UnusableCacheError
+    from mikv_compile.export_program import export
+    from mikv_compile.export_runner import load_exported
     from mikv_compile.graph_transform import transform
     from mikv_compile.handle import KVTensor
     from mikv_compile.regional import compile, uncompile
@@ -59,8 +63,10 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "export",
     "graph_reports",
     "load_cache",
+    "load_exported",
     "save_cache",
     "transform",
     "uncompile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -52,6 +53,27 @@ def load_cpp_library(source: str, name: str, exact: bool = False) -> ctypes.CDLL
 def import_toolchain() -> None:
     """Import what :func:`load_cpp_library` needs, which takes a second or two."""
     import torch._inductor.codecache  # noqa: F401
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that :func:`load_cpp_library` calls.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except Exception as error:  # as in load_cpp_library
+        raise RuntimeError(str(error)) from error
+
+
+def cache_folder() -> str:
+    """The folder in which Inductor keeps compiled code, the C++ kernels' libraries included."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 plain_functions = torch._C.DisableTorchFunctionSubclass
@@ -128,6 +150,34 @@ def compile_with_inductor(gm: torch.fx.GraphModule, inputs: list[Any], options: 
     return torch._inductor.compile(gm, inputs, options=options)
 
 
+def compile_ahead_of_time(program: torch.export.ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    """AOTInductor's files of an exported program, with its weights apart; for :func:`write_package`."""
+    import torch._inductor
+
+    args, kwargs = program.example_inputs  # type: ignore[misc]
+    settings = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    }
+    return torch._inductor.aot_compile(program.module(), args, kwargs, options={**options, **settings})  # type: ignore
+
+
+def write_package(path: str, programs: dict[str, list[Any]], texts: dict[str, str]) -> None:
+    """Write programs of :func:`compile_ahead_of_time` and texts to a ``.pt2`` file; equal weights are there once."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(path, aoti_files=programs, extra_files=texts)
+
+
+def read_package(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The callable programs and the texts of a ``.pt2`` file; programs share equal weights."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    found = load_pt2(path, load_weights_from_disk=True)
+    return found.aoti_runners, found.extra_files
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor options of a ``torch.compile`` mode."""
     import torch._inductor
@@ -172,6 +222,17 @@ def storage_is_shared(tensor: torch.Tensor) -> bool:
 def parse_to(*args: Any, **kwargs: Any) -> Any:
     """(device, dtype, non_blocking, memory_format) of the arguments of ``Tensor.to``."""
     return torch._C._nn._parse_to(*args, **kwargs)
+
+
+def is_traced() -> bool:
+    """Whether a compiler traces the code that asks.
+
+    Torch's own ``is_compiling`` is also true in a thread that runs eagerly while another one compiles.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    # The first is a constant while Dynamo traces; other tracers run the code under a mode of this thread.
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def must_run_eagerly() -> bool:
@@ -228,6 +289,23 @@ def value_at(source: Any, given: dict[str, Any]) -> Any:
         return eval(name, {"L": given})
     except Exception:  # names of Dynamo's own helpers, modules that this layer lacks
         return None
+
+
+def is_whole_call(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph is all of a compiled call: no break splits it, and nothing around it runs uncompiled.
+
+    False where that cannot be told.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or reason.graph_break:
+        return False
+    frame, around = sys._getframe(), []
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        around.append(frame.f_code.co_filename)
+        frame = frame.f_back  # type: ignore[assignment]
+    dynamo = [i for i, file in enumerate(around) if "_dynamo" in file]
+    # Between the call of the compiled function and Dynamo there is at most the calling of a module.
+    return frame is not None and bool(dynamo) and set(around[dynamo[-1] + 1 :]) <= {torch.nn.modules.module.__file__}
 
 
 def untraced(function: Any, reason: str) -> Any:

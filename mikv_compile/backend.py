@@ -49,7 +49,10 @@ def mikv(
     if any(isinstance(value, torch.Tensor) and value.is_cpu for value in example_inputs):
         cpp_step.build_ahead()
     handles = _handles(gm, example_inputs)
-    return compile_graph(gm, example_inputs, handles, chosen, settings, records_grad=records_grad, region=region)
+    whole = region is None and _compat.is_whole_call(gm)
+    return compile_graph(
+        gm, example_inputs, handles, chosen, settings, records_grad=records_grad, region=region, whole=whole
+    )
 
 
 def _handles(gm: GraphModule, example_inputs: list[Any]) -> dict[Node, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
@@ -13,7 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from mikv_compile.calibration import calibrate, default_inputs
-from mikv_compile.errors import MikvError
+from mikv_compile.config import parse_budget
+from mikv_compile.errors import MikvError, OptionError
 from mikv_compile.eval import models, texts
 from mikv_compile.eval.command import DTYPES, parse_option
 from mikv_compile.sensitivity import Calibration
@@ -23,14 +26,18 @@ def run(
     model: str,
     *,
     out: Path,
-    budget: float,
+    budget: str,
     options: Sequence[str],
     context: int,
-    check: Sequence[float],
+    check: Sequence[str],
     dtype: str,
     device: str,
+    as_json: bool = False,
 ) -> int:
-    """Calibrate a model with :func:`~mikv_compile.calibration.default_inputs`. Returns the exit status."""
+    """Calibrate a model with :func:`~mikv_compile.calibration.default_inputs`. Returns the exit status.
+
+    Budgets are fractions, as :func:`~mikv_compile.config.parse_budget` reads them.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,20 +46,32 @@ def run(
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
         settings = dict(map(parse_option, options))
+        part, *checks = map(_fraction, (budget, *check))
         tokenizer, loaded = models.load(model, getattr(torch, dtype), device)
         samples = default_inputs(tokenizer, context)
-        with Progress(*bars, console=Console(stderr=True)) as progress:
+        with Progress(*bars, console=Console(stderr=True, quiet=as_json)) as progress:
             task = progress.add_task(f"layers of {models.short_name(model)}", total=None)
             found = calibrate(
-                loaded, samples, budget=budget, check=check, path=out,
+                loaded, samples, budget=part, check=checks, path=out,
                 progress=lambda done, total: progress.update(task, completed=done, total=total), **settings,
             )  # fmt: skip
     except (MikvError, models.ModelError, texts.TextError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    show(found)
-    print(f"wrote {out}")
+    if as_json:
+        print(json.dumps({**asdict(found), "tiers": found.tiers(), "file": str(out)}, indent=1))
+    else:
+        show(found)
+        print(f"wrote {out}")
     return 0
+
+
+def _fraction(budget: str) -> float:
+    """A budget that is a part of a cache's bytes; a plan takes no others."""
+    part = parse_budget(budget)
+    if isinstance(part, str):
+        raise OptionError(f"budget is {budget!r}; a calibration takes a part of the bytes, such as 25% or 0.25")
+    return part
 
 
 def show(found: Calibration) -> None:

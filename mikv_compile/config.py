@@ -33,6 +33,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 _SIZE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+MOST_TOKENS = 2**31
+"""Positions are stored as int32."""
+
+MOST_BYTES = 2**60
+
+
 def _fail(name: str, value: object, expected: str) -> OptionError:
     return OptionError(f"option {name!r} is {value!r}; expected {expected}")
 
@@ -42,13 +48,38 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
+def parse_budget(budget: float | str) -> float | str:
+    """A budget as a fraction where it is written as one (``"25%"``, ``"0.25"``); a size in bytes stays a string.
+
+    Raises:
+        OptionError: for what is neither a fraction above 0 and at most 1, nor a size of at least a byte.
+    """
+    expected = "a fraction above 0 and at most 1 such as 0.25 or '25%', or a size such as '2GiB'"
+    if not isinstance(budget, str):
+        fraction: Any = budget
+    elif found := re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", budget):
+        fraction = float(found.group(1)) / (100 if found.group(2) else 1)
+        if not found.group(2) and fraction > 1 and fraction.is_integer():
+            return budget  # bytes without a unit
+    else:
+        if parse_size(budget) <= 0:
+            raise _fail("budget", budget, "more than no bytes")
+        return budget
+    if not _is_number(fraction) or not 0 < fraction <= 1:
+        raise _fail("budget", budget, expected)
+    return fraction
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``"2GiB"``, ``"500 MB"`` or ``"4096"``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _SIZE_UNITS.get((found.group(2) or "b").lower()) if found else None
     if found is None or unit is None:
-        raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25")
-    return int(float(found.group(1)) * unit)
+        raise _fail("budget", text, "a size such as '2GiB' or '500MB', or a fraction such as 0.25 or '25%'")
+    size = float(found.group(1)) * unit
+    if size >= MOST_BYTES:
+        raise _fail("budget", text, "a size that a memory may have")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -62,7 +93,9 @@ class Options:
     preset: str = field(default="mikv", metadata={"help": "named set of the options below: " + ", ".join(PRESETS)})
     budget: float | str | None = field(
         default=None,
-        metadata={"help": "fraction of the dense cache's bytes (0.25), or bytes per layer stack ('2GiB'); picks tiers"},
+        metadata={
+            "help": "part of the dense cache's bytes (0.25, '25%'), or bytes per layer stack ('2GiB'); picks tiers"
+        },
     )
     tiers: str | None = field(
         default=None,
@@ -115,12 +148,13 @@ class Options:
             OptionError: for an unknown key, with the nearest known name.
         """
         given = dict(options or {})
-        inductor = {k.removeprefix("inductor."): given.pop(k) for k in list(given) if k.startswith("inductor.")}
+        told = [k for k in given if isinstance(k, str) and k.startswith("inductor.")]
+        inductor = {k.removeprefix("inductor."): given.pop(k) for k in told}
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option {name!r}{_nearest(str(name), known)}")
-        if inductor:
+        if inductor and isinstance(given.get("inductor", {}), Mapping):
             given["inductor"] = {**given.get("inductor", {}), **inductor}
         return cls(**given)
 
@@ -142,8 +176,10 @@ class Options:
                 raise OptionError(f"unknown {name} {value!r}{_nearest(str(value), list(registry))}")
         for name, least in (("window", 0), ("sinks", 0), ("flush_every", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise _fail(name, value, f"a whole number of tokens, at least {least}")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MOST_TOKENS:
+                raise _fail(name, value, f"a whole number of tokens, at least {least} and below 2**31")
         for name, known in (("heads", ("sum", "max")), ("layer_budget", ("uniform", "pyramid"))):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -169,12 +205,7 @@ class Options:
         if self.budget is not None:
             if self.tiers is not None:
                 raise OptionError("options 'budget' and 'tiers' both choose the tiers; give one of them")
-            if isinstance(self.budget, str):
-                if parse_size(self.budget) <= 0:
-                    raise _fail("budget", self.budget, "more than no bytes")
-            elif not _is_number(self.budget) or not 0 < self.budget <= 1:
-                raise _fail("budget", self.budget, "a fraction above 0 and at most 1, or a size such as '2GiB'")
-
+            object.__setattr__(self, "budget", parse_budget(self.budget))
         if self.plan is not None:
             self._check_plan()
 

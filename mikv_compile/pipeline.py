@@ -4,26 +4,71 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from mikv_compile import _compat
 from mikv_compile.config import Options
-from mikv_compile.errors import MikvError
+from mikv_compile.errors import MikvError, OptionError
+from mikv_compile.graph_text import GraphText, graph_text
 from mikv_compile.handle import KVTensor
 from mikv_compile.lowering import Extent, Lowering, PlannedSite, Region, plan_sites
 from mikv_compile.passes import Analysis, Declined, RewrittenGraph, RewrittenSite, Site, analyze, rewrite
 from mikv_compile.passes.columns import NotSeparable, cut_out
 from mikv_compile.passes.node_utils import fake, is_metadata, writes_in_place
 from mikv_compile.passes.views import aliases
+from mikv_compile.plan import check_named_layers
 from mikv_compile.planner import Planner
 from mikv_compile.preallocated import PreallocatedKV
-from mikv_compile.report import GraphReport, SiteReport, record
+from mikv_compile.report import GraphReport, SiteReport, keeps_graphs, record
 from mikv_compile.runtime import CompressedGraph, SiteCall
 from mikv_compile.sizes import SizeReader, columns_reader
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewrittenDecoder:
+    """A graph whose caches have become stores, not yet compiled."""
+
+    graph: RewrittenGraph
+    calls: list[SiteCall]
+    """Of the rewritten sites."""
+    asked: list[int]
+    """Positions of the original inputs of which only sizes are read."""
+    declined: list[Declined]
+    """What stayed as it was, and why."""
+
+
+def rewrite_graph(
+    gm: GraphModule,
+    handles: Mapping[Node, Any],
+    options: Options,
+    *,
+    records_grad: bool,
+    region: Region | None = None,
+    whole: bool = False,
+) -> RewrittenDecoder:
+    """Plan and rewrite the sites of a graph in a copy; for the arguments see :func:`compile_graph`."""
+    planner = Planner(options)
+    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
+    sizes = SizeReader(gm.graph)
+    planned, declined = _select(analysis, planner, sizes, handles, records_grad, region)
+    rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
+    done = {s.site.name for s in rewritten.sites}
+    planned = [p for p in planned if p.site.name in done]
+    declined = [*analysis.declined, *declined, *rewritten.declined]
+    notes = _check_layers(options, len(analysis.sites), whole and not declined) if region is None else ()
+    text = graph_text(gm, rewritten) if keeps_graphs() else None
+    _report(analysis, planned, declined, options, region, notes, text)
+
+    _check_writes(gm, handles)
+    asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
+    layers = len(planned) if region is None else region.of
+    calls = [_site_call(p, s, sizes, layers) for p, s in zip(planned, rewritten.sites, strict=True)]
+    return RewrittenDecoder(rewritten, calls, asked, declined)
 
 
 def compile_graph(
@@ -35,6 +80,7 @@ def compile_graph(
     *,
     records_grad: bool,
     region: Region | None = None,
+    whole: bool = False,
 ) -> CompressedGraph:
     """Compile a graph so that its KV caches stay compressed. The graph itself is not changed.
 
@@ -46,30 +92,19 @@ def compile_graph(
         settings: Inductor options, for ``lower="inductor"``.
         records_grad: whether the call records gradients; then nothing is compressed.
         region: the layers that the graph serves, where it is not the whole model.
+        whole: whether the graph surely holds all layers of the model.
 
     Raises:
         OptionError: for options that are impossible for this graph.
     """
-    planner = Planner(options)
-    analysis = analyze(gm, {node: handle.kv_layout for node, handle in handles.items()})
-    sizes = SizeReader(gm.graph)
-    planned, declined = _select(analysis, planner, sizes, handles, records_grad, region)
-    rewritten = rewrite(gm, [p.site for p in planned], Lowering(planned))
-    done = {s.site.name for s in rewritten.sites}
-    planned = [p for p in planned if p.site.name in done]
-    declined = [*analysis.declined, *declined, *rewritten.declined]
-    _report(analysis, planned, declined, options, region)
-
-    _check_writes(gm, handles)
-    asked = [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if all(map(is_metadata, node.users))]
+    made = rewrite_graph(gm, handles, options, records_grad=records_grad, region=region, whole=whole)
+    rewritten = made.graph
     inputs = _make_dense(rewritten, example_inputs)
     if options.lower == "eager":
         function: Callable[..., Any] = rewritten.gm.forward
     else:
         function = _compat.compile_with_inductor(rewritten.gm, inputs, dict(settings))
-    layers = len(planned) if region is None else region.of
-    calls = [_site_call(p, s, sizes, layers) for p, s in zip(planned, rewritten.sites, strict=True)]
-    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), asked, calls)
+    return CompressedGraph(function, gm.forward, rewritten.kept_inputs, written_inputs(gm), made.asked, made.calls)
 
 
 def _select(
@@ -94,6 +129,23 @@ def _select(
             declined.append(Declined(site.name, "rewrite", str(reason)))
     planned, refused = plan_sites(possible, planner, sizes, handles, region)
     return planned, declined + refused
+
+
+def _check_layers(options: Options, layers: int, whole: bool) -> tuple[str, ...]:
+    """What the report has to say of an option ``layers`` that names more layers than the graph has.
+
+    Raises:
+        OptionError: if these are all that the model has.
+    """
+    if not layers:
+        return ()
+    try:
+        check_named_layers(options, layers, "this model" if whole else "this graph")
+    except OptionError as error:
+        if whole:
+            raise
+        return (f"{error}; if the model has more, it was split, and each of its graphs counts from 0",)
+    return ()
 
 
 def written_inputs(gm: GraphModule) -> list[int]:
@@ -160,7 +212,13 @@ def _position(site: Site, sizes: SizeReader) -> Callable[[Sequence[Any], int], i
 
 
 def _report(
-    analysis: Analysis, planned: list[PlannedSite], declined: list[Declined], options: Options, region: Region | None
+    analysis: Analysis,
+    planned: list[PlannedSite],
+    declined: list[Declined],
+    options: Options,
+    region: Region | None,
+    notes: tuple[str, ...],
+    text: GraphText | None,
 ) -> None:
     sites = tuple(
         SiteReport(
@@ -176,10 +234,18 @@ def _report(
         for p in planned
     )
     report = GraphReport(
-        len(analysis.attentions), sites, tuple(declined), options.lower, region.numbers if region is not None else ()
+        len(analysis.attentions),
+        sites,
+        tuple(declined),
+        options.lower,
+        region.numbers if region is not None else (),
+        notes,
+        text,
     )
     record(report)
     log.info("%s", report)
+    for note in notes:
+        log.warning("%s", note)
     if declined and (analysis.updates or not sites):
         log.warning("left %d places as they were: %s", len(declined), "; ".join(map(str, declined[:3])))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mikv_compile.config import Options
+from mikv_compile.config import MOST_TOKENS, Options
 from mikv_compile.errors import OptionError
 from mikv_compile.kernels.formats import LayerFormat, Orders, Rank, SideFormat, TierFormat, buffer_shapes
 from mikv_compile.policies import POLICIES
@@ -20,6 +20,9 @@ from mikv_compile.quantizers import QUANTIZERS
 
 _UNIFORM_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 _FLOATS = ("fp", "bf16", "fp16")
+
+MOST_LAYERS = 100_000
+"""A layer's number in the option ``layers`` lies below."""
 
 GROWTH = 32
 """A tier that is full grows by 1/32, or by one step, so little of a long cache is spare."""
@@ -64,6 +67,11 @@ class Tier:
         return max(tokens - self.less, 0)
 
 
+def _is_count(text: str) -> bool:
+    """Whether a text is a number of tokens or layers: decimal digits, few enough for positions to count so far."""
+    return text.isdecimal() and len(text) <= 10 and int(text) < MOST_TOKENS
+
+
 def parse_tiers(text: str) -> tuple[Tier, ...]:
     """Parse a tier list: ``FORMAT[:SHARE]``, comma-separated, highest precision first.
 
@@ -99,11 +107,11 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
                 number = -1.0
             if "." in part and 0 <= number <= 1:
                 share = number
-            elif part.isdigit() and int(part) > 1 and not minus:
+            elif _is_count(part) and int(part) > 1 and not minus:
                 share = int(part)
             elif number in (0.0, 1.0):
                 share = number
-            if share is None or (minus and not less_text.isdigit()):
+            if share is None or (minus and not _is_count(less_text)):
                 raise OptionError(
                     f"tier {entry!r}: share {share_text!r} is neither from 0 to 1, nor such a part less some tokens "
                     "(0.5-85), nor a number of tokens"
@@ -142,14 +150,34 @@ def parse_layers(text: str | None) -> dict[int, tuple[Tier, ...]]:
         if not entry.strip():
             continue
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*=(.*)", entry)
-        if not found or (found.group(2) and int(found.group(2)) < int(found.group(1))):
+        numbers = found.group(1, 2) if found else ()
+        if any(number and not (_is_count(number) and int(number) < MOST_LAYERS) for number in numbers):
+            raise OptionError(f"option 'layers': {entry.strip()[:60]!r} names layers beyond {MOST_LAYERS}")
+        first, last = (int(number or numbers[0]) for number in numbers) if found else (1, 0)
+        if not found or last < first:
             raise OptionError(f"option 'layers': {entry.strip()!r} is not of the form '0-1=fp' or '5=int8:0.1,int4'")
-        first = int(found.group(1))
-        for i in range(first, int(found.group(2) or first) + 1):
+        for i in range(first, last + 1):
             if i in chosen:
                 raise OptionError(f"option 'layers' names layer {i} twice")
             chosen[i] = parse_tiers(found.group(3))
     return chosen
+
+
+def check_named_layers(options: Options, layers: int, of: str) -> None:
+    """Refuse an option ``layers`` that names layers beyond the ``layers`` that there are.
+
+    Args:
+        of: what has that many layers, for the message.
+
+    Raises:
+        OptionError: if it does.
+    """
+    beyond = max(parse_layers(options.layers), default=-1)
+    if beyond >= layers:
+        raise OptionError(
+            f"option 'layers' names layer {beyond}, but {of} has {layers} layers with a KV cache, numbered from 0 to "
+            f"{layers - 1}"
+        )
 
 
 def check_counts_no_layers(options: Options, reason: str) -> None:
@@ -385,6 +413,11 @@ def make(
         raise OptionError(
             f"flush_every={flush} does not go with quantizer {' and '.join(dict.fromkeys(map(repr, names)))}, which "
             f"fills blocks of {block} tokens; use a multiple of {block}, or quantizer='mikv'"
+        )
+    if "k" in key_quantizer.rotates and any(f.key.balanced for f in formats):
+        raise OptionError(
+            f"quantizer {names[0]!r} rotates keys and balances their channels; the balancer is made for channels as "
+            "they are, so a key quantizer can do one of both"
         )
     rotated = ""
     for letter, quantizer, coded in (

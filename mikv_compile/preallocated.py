@@ -500,7 +500,7 @@ class PreallocatedKV(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Where Dynamo traces this method, the graph gets the plain operation.
-        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
+        if _compat.is_traced() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _eager_untraced(func, args, kwargs)
@@ -576,7 +576,7 @@ class PreallocatedView(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() and not _compat.must_run_eagerly():
+        if _compat.is_traced() and not _compat.must_run_eagerly():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _eager_untraced(func, args, kwargs)
@@ -620,12 +620,14 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
             raise MikvError("a cache tensor that requires gradients cannot be taken over")
         if tensor.layout is not torch.strided or _compat.storage_is_shared(tensor):
             raise MikvError("the memory of a cache tensor is shared with other tensors, so it cannot be taken over")
-        tensor.untyped_storage().resize_(0)
-        tensor.__class__ = PreallocatedKV
+    storage = tensor.untyped_storage() if not isinstance(tensor, PreallocatedKV) else None
+    # The class comes last, so that an interrupt leaves either a dense tensor or a whole handle.
+    tensor.__dict__.update(role=role, kv_layout=layout, _store=store)
+    tensor.__class__ = _class_for(store.plan, role, layout)
     assert isinstance(tensor, PreallocatedKV)
-    tensor.role, tensor.kv_layout = role, layout
-    tensor.store = store
     store.register(tensor)
+    if storage is not None:
+        storage.resize_(0)
     return tensor
 
 

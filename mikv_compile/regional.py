@@ -25,7 +25,7 @@ from mikv_compile import _compat, backend
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
 from mikv_compile.lowering import Region
-from mikv_compile.plan import check_counts_no_layers, parse_layers
+from mikv_compile.plan import check_counts_no_layers, check_named_layers, parse_layers
 from mikv_compile.planner import Planner
 from mikv_compile.sensitivity import layer_tiers
 
@@ -135,6 +135,7 @@ def _layer_calls(
 
     This is only about speed: Dynamo's guards tell layers apart that differ after all.
     """
+    check_named_layers(options, len(layers), "this model")
     attributes = [_attributes(layer) for layer in layers]
     numbering = _numbering(attributes)
     overrides: dict[int, Any] = dict(parse_layers(options.layers))
@@ -256,7 +257,7 @@ class _LayerCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In a graph that somebody else traces, a layer is what its class says.
-        if torch.compiler.is_compiling() or self._must_run_plainly():
+        if _compat.is_traced() or self._must_run_plainly():
             return self.__wrapped__(*args, **kwargs)
         views: list[tuple[Any, Any]] = []
         cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
@@ -342,7 +343,7 @@ class _Named:
 
     def name(self, index: Any) -> Any:
         """``OWN`` for the layer's own index, without a guard on it while Dynamo traces; other indices as they are."""
-        own = _asks_for_own() if torch.compiler.is_compiling() else type(index) is int and index in (OWN, self.index)
+        own = _asks_for_own() if _compat.is_traced() else type(index) is int and index in (OWN, self.index)
         return OWN if own else index
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mikv_compile.graph_text import GraphText
 from mikv_compile.handle import KVTensor
 from mikv_compile.passes import Declined
 from mikv_compile.plan import LayerPlan
@@ -51,24 +52,27 @@ class GraphReport:
     lower: str
     shared_by: tuple[int, ...] = ()
     """The layers that it was compiled for, where it is one layer of a model compiled with ``regional=True``."""
+    notes: tuple[str, ...] = ()
+    """What looks wrong, but may be meant."""
+    text: GraphText | None = field(default=None, repr=False)
+    """The graph before and after, if it was asked for: ``explain(..., keep_graphs=True)``."""
 
     def __str__(self) -> str:
         phases = collections.Counter(s.phase for s in self.rewritten)
         kinds = ", ".join(f"{n} {phase}" for phase, n in phases.items()) or "none"
         lines = [f"{self.attentions} attention calls; sites rewritten: {kinds}; lowered with {self.lower}"]
         if self.shared_by:
-            lines[0] += f"; one layer, compiled for layers {_ranges(list(self.shared_by))}"
+            lines[0] += f"; one layer, compiled for layers {ranges(list(self.shared_by))}"
         shared = list(self.shared_by)
         for (plan, phase), layers in _by_plan(self.rewritten).items():
-            lines.append(f"  layers {_ranges(shared or layers)} ({phase}): tiers {describe(plan)}")
+            lines.append(f"  layers {ranges(shared or layers)} ({phase}): tiers {describe(plan)}")
         dense: dict[str, list[int]] = {}
         for site in self.rewritten:
             if site.reason is not None:
                 dense.setdefault(site.reason, []).append(site.layer)
-        lines += [
-            f"  layers {_ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()
-        ]
+        lines += [f"  layers {ranges(shared or layers)} are read densely: {reason}" for reason, layers in dense.items()]
         lines += [f"  declined {d}" for d in self.declined]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -92,7 +96,8 @@ def _by_plan(sites: tuple[SiteReport, ...]) -> dict[tuple[LayerPlan, str], list[
     return grouped
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
+    """Numbers in short: ``0-2, 5``."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][1] + 1:
@@ -104,6 +109,13 @@ def _ranges(numbers: list[int]) -> str:
 
 _graphs: collections.deque[GraphReport] = collections.deque(maxlen=256)
 _listeners: list[Callable[[GraphReport], None]] = []
+_keepers = 0
+"""Callers of :func:`explain` under way that want the graphs as text."""
+
+
+def keeps_graphs() -> bool:
+    """Whether reports are to hold the graphs as text, which nobody else pays for."""
+    return _keepers > 0
 
 
 def record(report: GraphReport) -> None:
@@ -142,7 +154,13 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: dict[str, Any] | None = None,
+    keep_graphs: bool = False,
+    **kwargs: Any,
+) -> Explanation:
     """Run a model once through the passes and say what they did.
 
     Args:
@@ -150,18 +168,22 @@ def explain(model: Callable[..., Any], *args: Any, options: dict[str, Any] | Non
         args, kwargs: what to call it with. Given ``past_key_values``, or with a model that returns one, the report
             includes the cache that the call left.
         options: as for ``torch.compile(..., backend="mikv")``; ``lower`` is ``"eager"``, as nothing has to be fast.
+        keep_graphs: keep each graph before and after as readable lines (``GraphReport.text``).
 
     The call really runs: a cache in the arguments grows by it.
     """
     model = getattr(model, "_orig_mod", model)  # of what torch.compile() has returned, the module
+    global _keepers
     graphs: list[GraphReport] = []
     _listeners.append(graphs.append)
+    _keepers += keep_graphs
     try:
         compiled = torch.compile(_fresh(model), backend="mikv", options={**(options or {}), "lower": "eager"})
         with torch.no_grad():
             result = compiled(*args, **kwargs)
     finally:
         _listeners.remove(graphs.append)
+        _keepers -= keep_graphs
     cache = kwargs.get("past_key_values")
     if cache is None:
         cache = result
@@ -253,12 +275,12 @@ class CacheReport:
             same.setdefault((layer.plan, layer.length, layer.tokens, layer.nbytes), []).append(i)
         for (plan, length, tokens, nbytes), members in same.items():
             if plan is None:
-                lines.append(f"  layers {_ranges(members)}: dense, {length} tokens, {nbytes:,} bytes each")
+                lines.append(f"  layers {ranges(members)}: dense, {length} tokens, {nbytes:,} bytes each")
                 continue
             gone = length - sum(tokens)
             split = " + ".join(map(str, tokens)) + (f" + {gone} evicted" if gone else "")
             size = f"{split} of {length} tokens, {nbytes:,} bytes each"
-            lines.append(f"  layers {_ranges(members)}: {size}; {describe(plan)}")
+            lines.append(f"  layers {ranges(members)}: {size}; {describe(plan)}")
         if self.fallbacks:
             lines.append("  dequantized: " + ", ".join(f"{op} x{n}" for op, n in self.fallbacks.items()))
         recompressed = sum(layer.recompressed for layer in self.layers)
@@ -283,6 +305,15 @@ def cache_report(cache: Any) -> CacheReport:
             sixteen = 2 * (key.numel() + value.numel())
             layers.append(LayerReport(key.shape[2], (), None, size, size, size, sixteen, {}, 0))
     return CacheReport(tuple(layers))
+
+
+def stores(cache: Any) -> list[LayerStore | None]:
+    """What lies behind each layer of a live cache, in the order of :func:`cache_report`; None for a dense layer."""
+    found: dict[int, LayerStore | None] = {}
+    for item in _walk(cache, set()):
+        store = item.store if isinstance(item, KVTensor | PreallocatedKV) else None
+        found.setdefault(id(item if store is None else store), store)
+    return list(found.values())
 
 
 def _store_report(store: LayerStore) -> LayerReport:

@@ -18,7 +18,7 @@ from mikv_compile.kernels.store_ops import compress
 from mikv_compile.passes import RewrittenSite
 from mikv_compile.plan import CacheShape, LayerPlan
 from mikv_compile.preallocated import PreallocatedKV, absorb, give_back, stays_dense, take_over
-from mikv_compile.store import INTERRUPTED, LayerStore, Role, from_layout
+from mikv_compile.store import Checkpoint, LayerStore, Role, from_layout
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ class _Step:
     """The store with the tokens that this call drops, if it turns out to see them."""
     late: bool = False
     """The dense tensors are handed over after the call, as it may turn out to see what they hold behind its tokens."""
+    undo: Checkpoint | None = None
+    """What makes the store what it was if the call fails; None if nothing can."""
     counts: tuple[int, ...] | None = None
     """Tokens per tier afterwards, where the call only appends to a growing cache; see :class:`_Appends`."""
 
@@ -173,12 +175,16 @@ class CompressedGraph:
             if step.orders not in encoded:
                 encoded[step.orders] = step.orders.encode()
             inputs += [*step.store.buffers, encoded[step.orders]]
+        for step in steps:
+            step.undo = step.store.checkpoint(step.orders, step.new)
         strict = any(step.orders.stale for step in steps)
         written = {i: dense[i].clone() for i in self._written & dense.keys()} if strict else {}
         try:
             outputs = list(self._function(*inputs))
             for step in steps:
                 _commit(step, outputs)
+            self._write_back(args, dense)
+            return tuple(outputs)
         except StaleColumnsError:
             _abandon([step for step in steps if step.before is None and not step.late])
             for step in steps:
@@ -189,8 +195,6 @@ class CompressedGraph:
         except BaseException:
             _abandon(steps)
             raise
-        self._write_back(args, dense)
-        return tuple(outputs)
 
     def _prepare(self, site: SiteCall, args: Sequence[Any]) -> _Step:
         new = site.new_tokens(args)
@@ -501,7 +505,6 @@ def _filled(plan: LayerPlan, shape: CacheShape, key: torch.Tensor, value: torch.
 
 
 def _abandon(steps: Sequence[_Step]) -> None:
-    """A call failed. Appended tokens lie behind the used slots and do not exist yet, but demotion has moved others."""
+    """A call failed: what it has appended is forgotten; where it may have moved tokens, the store is unusable."""
     for step in steps:
-        if step.orders.victims:
-            step.store.spoil(INTERRUPTED)
+        step.store.roll_back(step.undo)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ from mikv_compile.plan import SLOT_STEP, CacheShape, LayerPlan
 if TYPE_CHECKING:
     from mikv_compile.handle import KVTensor
     from mikv_compile.preallocated import PreallocatedKV
+
+log = logging.getLogger(__name__)
 
 Role = Literal["key", "value"]
 
@@ -48,6 +52,17 @@ class Bookkeeping(NamedTuple):
     """Tokens from this position on, relative to ``base``, are in tier 0 of every (batch row, KV head)."""
     recycled: tuple[int, int]
     """What may be overwritten of the last tier; see :meth:`~mikv_compile.plan.LayerPlan.recycling`."""
+
+
+class Checkpoint(NamedTuple):
+    """What a call that only appends changes of a store: new tokens lie behind the used slots."""
+
+    counts: tuple[int, ...]
+    length: int
+    exact_from: int
+    recycled: tuple[int, int]
+    scores: torch.Tensor | None
+    """[B, H_kv, counts[0]], where the call's attention adds to them."""
 
 
 class LayerStore:
@@ -135,7 +150,8 @@ class LayerStore:
         self.counts, self.length, self._derived = counts, orders.length + new, None
 
     def _grow(self, counts: tuple[int, ...]) -> None:
-        capacities = self.plan.capacities(counts, self.capacities)
+        # A store that has no slots yet gets those of its first tokens, as LayerPlan.nbytes counts them.
+        capacities = self.plan.capacities(counts, self.capacities if any(self.capacities) else None)
         if capacities == self.capacities:
             return
         s = self.site
@@ -146,10 +162,10 @@ class LayerStore:
             for i, (shape, dtype) in enumerate(shapes):
                 if tuple(self.buffers[i].shape) != shape:
                     self._resize(i, shape, dtype)
+            self.capacities = capacities
         except BaseException:
             self._shrink_back(before)
             raise
-        self.capacities = capacities
 
     def _resize(self, i: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Give buffer ``i`` more slots."""
@@ -167,6 +183,36 @@ class LayerStore:
                         self.buffers[i] = buffer[:, :, :count].clone()
         except BaseException:
             self.spoil(INTERRUPTED)
+
+    def checkpoint(self, orders: Orders, new: int) -> Checkpoint | None:
+        """What undoes a call that was prepared; None for one that moves tokens between tiers, which nothing does."""
+        if orders.victims:
+            return None
+        watch, scores = self.plan.format.watch, None
+        if watch is not None and new >= watch.least and not orders.fresh:
+            with torch.inference_mode(False):
+                scores = self.buffers[-2][:, :, : self.counts[0]].clone()
+        return Checkpoint(self.counts, self.length, self._exact_from, self._recycled, scores)
+
+    def roll_back(self, checkpoint: Checkpoint | None) -> None:
+        """A call failed: be as before it, or unusable."""
+        if checkpoint is None:
+            self.spoil(INTERRUPTED)
+            return
+        with self._intact():
+            counts, self.length, self._exact_from, self._recycled, scores = checkpoint
+            self.counts, self._derived = counts, None
+            if scores is not None:
+                self.buffers[-2][:, :, : counts[0]] = scores
+
+    @contextlib.contextmanager
+    def _intact(self) -> Iterator[None]:
+        """Mark the store unusable if what runs here is interrupted: it changes more than one thing."""
+        try:
+            yield
+        except BaseException:
+            self.spoil(INTERRUPTED)
+            raise
 
     def commit(self, orders: Orders, new: int) -> None:
         """The ops of a call have run: take over the fill that ``orders`` said."""
@@ -196,11 +242,16 @@ class LayerStore:
         wanted = self.plan.capacities((self.counts[0] + self.plan.flush_every, *self.counts[1:]))[0]
         if self.capacities[0] <= wanted + wanted // 4 + SLOT_STEP:
             return
-        for i in (*range(BUFFERS_PER_TIER), len(self.buffers) - 2):
-            if self.buffers[i].numel():
-                with torch.inference_mode(False):
-                    self.buffers[i] = self.buffers[i][:, :, :wanted].clone()
-        self.capacities = (wanted, *self.capacities[1:])
+        buffers = list(self.buffers)
+        try:
+            for i in (*range(BUFFERS_PER_TIER), len(buffers) - 2):
+                if buffers[i].numel():
+                    with torch.inference_mode(False):
+                        buffers[i] = buffers[i][:, :, :wanted].clone()
+        except (MemoryError, RuntimeError) as error:
+            log.debug("no memory to make tier 0 smaller: %s", error)
+            return
+        self.__dict__.update(buffers=buffers, capacities=(wanted, *self.capacities[1:]))  # both or none
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append tokens outside of a compiled call: k [B, H_kv, T, D_k], v [B, H_kv, T, D_v].
@@ -216,6 +267,7 @@ class LayerStore:
         fmt = self.plan.format
         orders = self.prepare(new, self.start - self.base, fresh=True)
         k, v = (x.detach().to(self.device, self.site.dtype) for x in (k, v))
+        before = self.checkpoint(orders, new)
         try:
             if orders.fresh:
                 # The keys stand in for the queries: the balancer becomes 1.
@@ -224,8 +276,7 @@ class LayerStore:
                 append(k, v, None, self.typed(), fmt, orders)
             self.commit(orders, new)
         except BaseException:
-            if orders.victims:
-                self.spoil(INTERRUPTED)
+            self.roll_back(before)
             raise
 
     def write(self, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -252,13 +303,16 @@ class LayerStore:
 
     def clear(self) -> None:
         """Drop all tokens and give their memory back; also makes an unusable store usable again."""
-        self._spoiled, self._derived, self._pending, self.untouched = None, None, {}, False
-        self.base = self.start = self.length = self._exact_from = 0
-        self._recycled = (-1, 0)
-        self.counts = (0,) * len(self.counts)
-        self.capacities = self.plan.capacities(self.counts)
-        self.buffers = self._allocate(self.capacities)
-        self.changes += 1
+        counts = (0,) * len(self.counts)
+        capacities = self.plan.capacities(counts)
+        buffers = self._allocate(capacities)
+        with self._intact():
+            self._derived, self._pending, self.untouched = None, {}, False
+            self.base = self.start = self.length = self._exact_from = 0
+            self._recycled, self.counts = (-1, 0), counts
+            self.capacities, self.buffers = capacities, buffers
+            self.changes += 1
+            self._spoiled = None
 
     # Halves of a write ------------------------------------------------------------------------------------------------
 
@@ -588,12 +642,13 @@ class LayerStore:
         if length >= self.length:
             return self
         self.untouched = False
-        self.changes += 1
-        self.start = min(self.start, self.base + length)
         if length >= self._exact_from and length >= self.length - self.counts[0]:
-            self._crop_tier0(length)
+            with self._intact():
+                self._crop_tier0(length)
         else:
             self._rebuild(length)
+        self.changes += 1
+        self.start = min(self.start, self.base + length)
         self._derived = None
         return self
 
@@ -639,17 +694,18 @@ class LayerStore:
         if free < max(DROP_STEP, *(t.block for t in self.plan.format.tiers)):
             return 0
         self.untouched, self._derived = False, None
-        if lower:
-            self._shift_tier1(shift)
-        high = free - shift
-        if high:
-            positions = self.typed().tiers[0].positions[:, :, : self.counts[0]]
-            self._keep_in_tier0(positions >= free, self.counts[0] - high)
-        for tier, count in zip(self.typed().tiers, self.counts, strict=True):
-            tier.positions[:, :, :count] -= free
-        self.base += free
-        self.length -= free
-        self._exact_from = max(self._exact_from - free, 0)
+        with self._intact():
+            if lower:
+                self._shift_tier1(shift)
+            high = free - shift
+            if high:
+                positions = self.typed().tiers[0].positions[:, :, : self.counts[0]]
+                self._keep_in_tier0(positions >= free, self.counts[0] - high)
+            for tier, count in zip(self.typed().tiers, self.counts, strict=True):
+                tier.positions[:, :, :count] -= free
+            self.base += free
+            self.length -= free
+            self._exact_from = max(self._exact_from - free, 0)
         self._trim()
         self.changes += 1
         return free
@@ -705,9 +761,9 @@ class LayerStore:
 
         orders = self.plan.fill(length, kept)
         balancer = self.typed().balancer.clone() if self.plan.format.is_balanced else None
-        self.capacities = self.plan.capacities(orders.counts)
-        self.buffers = self._allocate(self.capacities)
-        stored = self.typed()
+        capacities = self.plan.capacities(orders.counts)
+        buffers = self._allocate(capacities)
+        stored = StoreBuffers.from_list(buffers)
         if balancer is not None:
             stored.balancer.copy_(balancer)
         held = (position < self.plan.sinks) | (position >= self.plan.recent_from(length))
@@ -725,10 +781,12 @@ class LayerStore:
             if i == 0 and self.plan.format.has_scores:
                 stored.scores[:, :, :count] = kept_scores.gather(2, index)
             stop -= count
-        self.recompressed += 1
-        self.counts, self.length, self._recycled = orders.counts, length, self.plan.recycling(orders.counts[-1])
-        # A head that had lost some of the newest tokens has older ones in their place.
-        self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
+        with self._intact():
+            self.buffers, self.capacities, self.counts, self.length = buffers, capacities, orders.counts, length
+            self.recompressed += 1
+            self._recycled = self.plan.recycling(orders.counts[-1])
+            # A head that had lost some of the newest tokens has older ones in their place.
+            self._exact_from = length if self.plan.evicts else self.plan.recent_from(length)
 
 
 def shape_in(store: LayerStore, role: Role, layout: str, tokens: int, rows: int | None = None) -> tuple[int, ...]:

@@ -353,14 +353,19 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration_command.models, "load", lambda name, dtype, device: ("tokenizer", (name, dtype)))
     monkeypatch.setattr(calibration_command, "default_inputs", lambda tokenizer, context: [tokenizer, context])
     arguments = ["calibrate", "m", "--out", str(tmp_path / "p.json"), "-o", "window=32", "--check", "0.06"]
-    result = CliRunner().invoke(cli.make_app(), [*arguments, "--budget", "0.2", "--dtype", "bfloat16"])
+    result = CliRunner().invoke(cli.make_app(), [*arguments, "--budget", "20%", "--dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
     assert asked["model"] == ("m", torch.bfloat16) and asked["inputs"] == ["tokenizer", 2048]
     assert (asked["window"], asked["budget"], asked["check"]) == (32, 0.2, [0.06])
     for expected in ("keep0.25", "60.000", "int8:0.035-68,", "measured KL 0.56780, predicted 0.12340", "wrote"):
         assert expected in result.stdout
-    result = CliRunner().invoke(cli.make_app(), ["calibrate", "m", "--dtype", "int3"])
-    assert result.exit_code == 2
+    result = CliRunner().invoke(cli.make_app(), [*arguments, "--json"])
+    printed = json.loads(result.stdout)
+    assert printed["file"] == str(tmp_path / "p.json") and printed["checks"][0]["measured"] == {"text": 0.5678}
+    assert len(printed["layers"]) == len(printed["tiers"]) == 2
+    for wrong in (["--dtype", "int3"], ["--budget", "2GiB"], ["--check", "lots"]):
+        result = CliRunner().invoke(cli.make_app(), ["calibrate", "m", *wrong])
+        assert result.exit_code == 2 and wrong[1] in result.stderr
 
 
 # The option

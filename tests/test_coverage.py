@@ -205,8 +205,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         return status.value.code
 
     chosen = ["llama", "--cache", "dynamic", "--attn", "sdpa"]
-    assert call(*chosen, "--json", str(results), "--write", str(table)) == 0
+    assert call(*chosen, "--results", str(results), "--write", str(table)) == 0
     assert "| llama | 2/2 |" in table.read_text() and f"`mikv coverage {' '.join(chosen)}`" in table.read_text()
+    capsys.readouterr()
+    assert call(*chosen, "--results", str(results), "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in printed["rows"]] == ["llama"] and printed["summary"]["own_failures"] == []
+    assert call("--list", "llama", "--json") == 0 and json.loads(capsys.readouterr().out)[0]["name"] == "llama"
     assert call("--list", "llama") == 0 and "llama LlamaForCausalLM" in capsys.readouterr().out
     assert call("llamma") == 2 and "llamma" in capsys.readouterr().err
     assert call("--cache", "paged") == 2 and "dynamic, static" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,22 @@ def test_the_real_package_kernels_is_handed_over(tmp_path):
         "print(kernels.WHO, kernels.__version__, mikv_compile.kernels.__name__)"
     )
     assert python(code, PYTHONPATH=str(tmp_path)).strip() == "the real one 9.9 mikv_compile.kernels"
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["no real package", "a real package"])
+def test_two_checkouts_on_the_path(tmp_path, real):
+    """Each has a folder called kernels, and neither may take the other one for the real package."""
+    twin, site = tmp_path / "twin", tmp_path / "site"
+    shutil.copytree(ROOT / "kernels", twin / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    path = [str(twin), str(ROOT)]
+    if real:
+        (site / "kernels").mkdir(parents=True)
+        (site / "kernels" / "__init__.py").write_text("__version__ = '9.9'\n")
+        path.append(str(site))
+    code = "import kernels, mikv_compile.kernels.ops; print(kernels.__version__, mikv_compile.kernels.__name__)"
+    for order in (path, [path[1], path[0], *path[2:]]):
+        found = python(code, cwd=tmp_path, PYTHONPATH=os.pathsep.join(order)).strip()
+        assert found == f"{'9.9' if real else '0'} mikv_compile.kernels"
 
 
 def test_backend_is_found_without_an_import(tmp_path):

@@ -1,5 +1,6 @@
 """Each quantizer through torch.compile: attention over what it stores, formats, bytes, and one from outside."""
 
+import dataclasses
 import importlib.util
 import textwrap
 
@@ -112,3 +113,15 @@ def test_the_default_rounding_loses_less_than_rounding_by_the_range():
         pairs = zip(cache.values, plain.values, strict=True)
         lost[name] = sum((handle.dequantize() - want).square().mean().item() for handle, want in pairs)
     assert lost["default"] < 0.8 * lost["kivi"]
+
+
+def test_keys_are_not_both_rotated_and_balanced(monkeypatch):
+    """The balancer would be made for channels that the rotation has mixed."""
+    both = dataclasses.replace(QUANTIZERS["mikv"], rotates="k")
+    monkeypatch.setitem(QUANTIZERS, "both", both)
+    with pytest.raises(OptionError, match="'both' rotates keys and balances their channels"):
+        planned(tiers="int8:0.1,int4", key_quantizer="both", flush_every=1)
+    with pytest.raises(OptionError, match="'both' rotates keys"):
+        Planner(Options(tiers="int4", quantizer="both"))
+    monkeypatch.setitem(QUANTIZERS, "both", dataclasses.replace(both, rotates="v"))
+    assert planned(tiers="int4", quantizer="both").format.rotated == "v"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def coverage(
     results: Path | None,
     write: Path | None,
     listing: bool,
+    as_json: bool = False,
 ) -> int:
     """Run the command; the exit status is 1 if this backend failed anywhere, 2 for arguments that make no sense."""
     given = {
@@ -82,6 +85,9 @@ def coverage(
     except KeyError as error:
         print(f"transformers has no architecture {error}; `mikv coverage --list` shows all", file=sys.stderr)
         return 2
+    if listing and as_json:
+        print(json.dumps([asdict(a) for a in architectures], indent=1))
+        return 0
     if listing:
         for a in architectures:
             print(a.name, a.class_name, *(f"= {alias}" for alias in a.aliases))
@@ -89,10 +95,14 @@ def coverage(
     tasks = plan(architectures, cache, attention, lower, prefill, bits4)
     rows = _run(tasks, results, jobs, timeout)
     total = summarize(rows)
-    _show(rows, total)
+    if as_json:
+        print(json.dumps({"rows": rows, "summary": total}, indent=1))
+    else:
+        _show(rows, total)
     if write:
         write.write_text(render(rows, _command(names, given)))
-        print(f"wrote {write}")
+        if not as_json:
+            print(f"wrote {write}")
     return int(bool(total["own_failures"] or total["differing_tokens"] or total["failures_at_4_bits"]))
 
 

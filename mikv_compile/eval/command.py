@@ -14,7 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mikv_compile.errors import MikvError
-from mikv_compile.eval import aggregate, models, plots, results, runner, suites, tables, texts
+from mikv_compile.eval import aggregate, models, plots, processes, results, runner, suites, tables, texts
 from mikv_compile.eval.methods import DenseMethod
 from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.runner import Plan, Summary
@@ -52,12 +52,14 @@ def evaluate(
         measured = make_tasks(tasks, settings)
         read = tuple(text for name in split(names) for text in texts.load_all(name, text_dir))
         plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
-        summary = runner.run(plan, quiet=as_json)
+        together = processes.current()
+        summary = runner.run(plan, quiet=as_json, processes=together)
     except MISTAKES as error:
         print(error, file=sys.stderr)
         return 2
-    show(summary, as_json)
-    return summary.status
+    if together.is_first:
+        show(summary, as_json)
+    return _ended(summary, together)
 
 
 def sweep(
@@ -76,6 +78,7 @@ def sweep(
 ) -> int:
     """``mikv sweep``: all that a suite lists, and tables in the results folder. Returns the exit status."""
     try:
+        together = processes.current()
         asked = suites.load(suite, {"lower": lower})
         methods = tuple(m for m in asked.methods if only is None or only in m.name)
         if not methods:
@@ -95,14 +98,22 @@ def sweep(
                     for task, few in asked.texts_of.items()
                 },
             )
-            summary = runner.run(plan, quiet=as_json)
+            summary = runner.run(plan, quiet=as_json, processes=together)
     except MISTAKES as error:
         print(error, file=sys.stderr)
         return 2
-    written = write_report(out)
-    show(summary, as_json)
-    if not as_json:
-        print("wrote " + ", ".join(map(str, written)))
+    if together.is_first:
+        written = write_report(out)
+        show(summary, as_json)
+        if not as_json:
+            print("wrote " + ", ".join(map(str, written)))
+    return _ended(summary, together)
+
+
+def _ended(summary: Summary, together: processes.Processes) -> int:
+    """The exit status. A launcher ends all processes as soon as one has failed, so they wait for the first one."""
+    if not summary.interrupted:
+        together.wait()
     return summary.status
 
 
@@ -141,11 +152,12 @@ def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``; a value that is a number becomes one."""
+    """``NAME=VALUE``; a value that is a number becomes one, and ``true`` and ``false`` become what they say."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"{text!r} is not NAME=VALUE")
-    return name.strip(), number_or_text(value.strip())
+    value = value.strip()
+    return name.strip(), {"true": True, "false": False}.get(value.lower(), number_or_text(value))
 
 
 def number_or_text(text: str) -> int | float | str:

@@ -26,6 +26,7 @@ class MikvMethod:
         regional: compile the repeated layer once (True), the whole model (False), or the whole model only if it has to
             be (None).
         tags: a part of the settings that pictures read.
+        partly: go on although some layers' caches stay dense; otherwise that is an error.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class MikvMethod:
     family: str = "mikv"
     regional: bool | None = None
     tags: Mapping[str, Any] = field(default_factory=dict)
+    partly: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -55,7 +57,7 @@ class MikvMethod:
         torch._dynamo.reset()
         try:
             compiled, regional = self._compile(model)
-            yield MikvSession(model, compiled, regional)
+            yield MikvSession(model, compiled, regional, self.partly)
         finally:
             mikv_compile.uncompile(model)
             torch._dynamo.reset()
@@ -75,11 +77,11 @@ class MikvMethod:
 class MikvSession(Session):
     """A model that was compiled with the backend."""
 
-    def __init__(self, model: Any, compiled: Any, regional: bool) -> None:
+    def __init__(self, model: Any, compiled: Any, regional: bool, partly: bool = False) -> None:
         import mikv_compile
 
         super().__init__(model, compiled)
-        self.regional = regional
+        self.regional, self._partly = regional, partly
         self._earlier = mikv_compile.graph_reports()
         self._fallbacks: dict[str, int] = {}
 
@@ -124,7 +126,7 @@ class MikvSession(Session):
 
         report = cache_report(cache)
         dense = [i for i, layer in enumerate(report.layers) if layer.plan is None]
-        if dense or not report.layers:
+        if (dense or not report.layers) and not self._partly:
             which = f"layers {dense} of {len(report.layers)}" if dense else "all layers"
             reasons = "; ".join(self.facts()["declined"]) or "mikv_compile.explain(model, input_ids) says why"
             raise NotCompressedError(f"the cache of {which} stayed dense: {reasons}")

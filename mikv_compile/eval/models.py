@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ class ModelError(Exception):
 
 
 def load(
-    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str = "sdpa"
+    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str | None = None
 ) -> tuple[Any, Any]:
     """A tokenizer and a causal language model, ready to be called.
 
@@ -26,27 +28,52 @@ def load(
             transformers, a GGUF file, or a name on the hub.
         dtype: of the weights, and so of the dense cache.
         device: where the model runs.
-        attention: transformers' ``attn_implementation``.
+        attention: transformers' ``attn_implementation``; None: ``sdpa`` where the model has it, else ``eager``.
 
     Raises:
         ModelError: if there is no such model.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     place, arguments = _find(name)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with _loading(name):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
         model: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, attn_implementation=attention, **arguments
         )
+    return tokenizer, model.to(device).eval()
+
+
+def load_config(name: str) -> Any:
+    """The config of a model of transformers; of a GGUF file, from its metadata. No weights are read.
+
+    Args:
+        name: as for :func:`load`.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    place, arguments = _find(name)
+    with _loading(name):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(place, **arguments)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Keeps transformers quiet, and says in one line what went wrong."""
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        yield
     except ImportError as error:
         raise ModelError(f"loading {name!r} needs more packages: pip install 'mikv-compile[eval]' ({error})") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {error}") from error
-    return tokenizer, model.to(device).eval()
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot load the model {name!r}: {said[0]}") from error
 
 
 def short_name(name: str) -> str:

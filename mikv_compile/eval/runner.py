@@ -1,11 +1,15 @@
-"""Measures methods on tasks: what has a result is skipped, what fails is recorded, and the rest goes on."""
+"""Measures methods on tasks: what has a result is skipped, what fails is recorded, and the rest goes on.
+
+Several processes may share a run. Each takes every n-th measurement, and they meet in the results folder alone.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 
 from mikv_compile.eval import models, results
 from mikv_compile.eval.methods import DenseMethod, Method, Session, UnavailableError
+from mikv_compile.eval.processes import Processes
 from mikv_compile.eval.progress import Progress
 from mikv_compile.eval.references import References
 from mikv_compile.eval.results import DONE, FAILED, Key, Result
@@ -55,6 +60,15 @@ class Plan:
             if task.name not in self.texts_of or text.name in self.texts_of[task.name]
         ]
 
+    def shares(self, processes: Processes) -> list[tuple[Method, list[tuple[Key, Task, Text]]]]:
+        """The measurements of one process, by method; between them, processes have each measurement once."""
+        keys = [(method, self.keys(method)) for method in self.methods]
+        first = itertools.accumulate((len(found) for _, found in keys), initial=0)
+        return [
+            (method, [key for number, key in enumerate(found, start) if processes.has(number)])
+            for (method, found), start in zip(keys, first, strict=False)
+        ]
+
 
 @dataclass
 class Summary:
@@ -85,28 +99,54 @@ class Summary:
         parts += ["interrupted; run the same command to go on"] * self.interrupted
         return ", ".join(parts)
 
+    @classmethod
+    def merged(cls, parts: Sequence[Summary], plan: Plan) -> Summary:
+        """The summary of all processes of a run, in the plan's order."""
+        order = {key.path: i for i, key in enumerate(key for m in plan.methods for key, *_ in plan.keys(m))}
+
+        def place(result: Result) -> int:
+            return order[result.key.path]
+
+        return cls(
+            results=sorted((result for part in parts for result in part.results), key=place),
+            measured=sum(part.measured for part in parts),
+            skipped=sum(part.skipped for part in parts),
+            failed=sorted((result for part in parts for result in part.failed), key=place),
+            unavailable={name: why for part in parts for name, why in part.unavailable.items()},
+            interrupted=any(part.interrupted for part in parts),
+        )
+
 
 Load = Callable[[], tuple[Any, Any]]
 """Gives the tokenizer and the model."""
 
+ALONE = Processes()
 
-def run(plan: Plan, load: Load | None = None, quiet: bool = False) -> Summary:
+
+def run(plan: Plan, load: Load | None = None, quiet: bool = False, processes: Processes = ALONE) -> Summary:
     """Measure what has no result yet.
 
     Args:
         plan: what.
         load: how to get tokenizer and model, if not by the plan's name. Called only if something has to be measured.
         quiet: show no progress.
+        processes: those that share the run; the first one alone shows progress, of its own share.
+
+    Returns:
+        What became of the whole plan, once all processes are done. After an interruption, this process's part.
     """
     summary = Summary()
-    with Progress(sum(len(plan.keys(method)) for method in plan.methods), quiet) as progress:
+    shares = plan.shares(processes)
+    plan = replace(plan, device=processes.device(plan.device))
+    with Progress(sum(len(keys) for _, keys in shares), quiet or not processes.is_first) as progress:
         runner = _Runner(plan, load or (lambda: _load(plan)), summary, progress)
         try:
-            for method in plan.methods:
-                runner.measure(method)
+            for method, keys in shares:
+                runner.measure(method, keys)
         except KeyboardInterrupt:
             summary.interrupted = True
-    return summary
+            return summary
+    return Summary.merged(processes.gathered(summary), plan)
 
 
 def _load(plan: Plan) -> tuple[Any, Any]:
@@ -120,10 +160,10 @@ class _Runner:
         self._loaded: tuple[Any, Any, References] | None = None
         self._exercises: dict[tuple[Task, str], Exercise] = {}
 
-    def measure(self, method: Method) -> None:
-        """All measurements of a method that have no result."""
+    def measure(self, method: Method, keys: Sequence[tuple[Key, Task, Text]]) -> None:
+        """Those of a method's measurements that have no result."""
         pending = []
-        for key, task, text in self.plan.keys(method):
+        for key, task, text in keys:
             earlier = None if self.plan.fresh else results.find(self.plan.out, key)
             if earlier is not None and earlier.status == DONE:
                 self.summary.results.append(earlier)

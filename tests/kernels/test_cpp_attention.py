@@ -302,6 +302,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     args = make_args("4:t1c64,4:t1c64", [70])
     monkeypatch.setattr(cpp_common, "load_cpp_library", fail)
     monkeypatch.setattr(dispatch, "_failed", set())
+    monkeypatch.setattr(cpp_common, "_failed", {})
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
     cpp_attention.kernels.cache_clear()

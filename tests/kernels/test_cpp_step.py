@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mikv_compile.kernels import attention, cpp_attention, cpp_step, cpp_tokens, dispatch, masks
+from mikv_compile.kernels import attention, cpp_attention, cpp_common, cpp_step, cpp_tokens, dispatch, masks, store_ops
 from mikv_compile.kernels.dispatch import BuildError
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers
 from mikv_compile.kernels.ops import _library  # noqa: F401  (declares the ops)
@@ -169,3 +169,30 @@ def test_a_build_ahead_that_fails_says_nothing(monkeypatch):
         cpp_step.build_ahead()
         cpp_step._ahead.join()
     assert not warnings and not cpp_step._ahead.is_alive()
+
+
+def test_a_build_that_fails_is_tried_once(monkeypatch):
+    """A new store asks for kernels anew, and a compiler that fails may take seconds."""
+    tried = []
+
+    def fail(source, name, exact):
+        tried.append(name)
+        raise RuntimeError("no compiler here")
+
+    kernels = (cpp_attention.kernels, cpp_tokens.kernels)
+    monkeypatch.setattr(cpp_common, "load_cpp_library", fail)
+    monkeypatch.setattr(cpp_common, "_failed", {})
+    monkeypatch.setattr(dispatch, "_failed", set())
+    monkeypatch.setattr(cpp_step, "_known", {})
+    for each in kernels:
+        each.cache_clear()
+    try:
+        with dispatch.use("cpp"):
+            for _ in range(3):
+                (q, k, v, *how), buffers, orders, text = make_call("8:t1c64,8:t1c64|4:t1c64,4:t1c64", [40, 70])
+                assert cpp_step.step(q, k, v, *how, buffers, orders, text) is None
+                store_ops.append(k, v, None, StoreBuffers.from_list(buffers), LayerFormat.parse(text), orders)
+    finally:
+        for each in kernels:
+            each.cache_clear()
+    assert sorted(tried) == ["attention", "tokens"]

@@ -412,6 +412,7 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     k = torch.randn(2, 3, 1, 16)
     monkeypatch.setattr(cpp_common, "load_cpp_library", fail)
     monkeypatch.setattr(dispatch, "_failed", set())
+    monkeypatch.setattr(cpp_common, "_failed", {})
     warnings = []
     monkeypatch.setattr(dispatch.log, "warning", lambda text, *values: warnings.append(text % values))
     cpp_tokens.kernels.cache_clear()
