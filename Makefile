@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test bench fidelity fidelity-report peers lint clean
+.PHONY: demo test bench fidelity fidelity-report peers docs figures lint clean
 
 demo: $(STAMPS)/demo
 	$(BIN)/python examples/smollm2_demo.py $(ARGS)
@@ -38,12 +38,20 @@ fidelity-report: $(STAMPS)/bench
 peers:
 	PYTHON="$(PYTHON)" benchmarks/peers/setup.sh
 
+# The site of mkdocs.yml, in site/. Broken links, anchors and forgotten pages fail.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+
+# The pictures of docs/how_it_works.md, from the packaged SmolLM2.
+figures: $(STAMPS)/bench
+	$(BIN)/python docs/figures.py
+
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy mikv_compile
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-kvpress build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-kvpress site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
@@ -71,4 +79,8 @@ $(STAMPS)/bench: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
 
 $(STAMPS)/dev: $(STAMPS)/torch $(STAMPS)/model pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e ".[docs]"
 	touch $@
