@@ -7,7 +7,6 @@ which NaN it is, and the sign of a zero point where a group's minimum is both 0 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,9 +14,8 @@ from struct import Struct
 
 import torch
 
-from mikv_compile.kernels import dispatch
 from mikv_compile.kernels.cpp_common import FLOAT_KINDS, build, side_fields, threads
-from mikv_compile.kernels.dispatch import BuildError, NotCovered
+from mikv_compile.kernels.dispatch import NotCovered
 from mikv_compile.kernels.fit import Guide
 from mikv_compile.kernels.formats import LayerFormat, Orders, StoreBuffers, TierBuffers, TierFormat
 
@@ -294,10 +292,8 @@ def demote(
 class AppendPlan:
     """Appends tokens to tier 0 of one store, again and again: addresses and formats are looked up once, here.
 
-    It belongs to exactly the tensors that it was built from, and keeps none of them alive. Whoever calls it holds
-    those tensors and has asked :meth:`serves` whether they still are the ones; a store that has grown, was copied or
-    moved needs a new plan. It does not notice tensors that got other memory in place (``set_``, ``resize_``). One
-    thread at a time may call it.
+    It belongs to the memory of the tensors that it was built from, and keeps none of them alive: whoever calls it holds
+    those tensors. A store that has grown, was copied or moved needs a new plan. One thread at a time may call it.
 
     Args:
         buffers: the store's buffers, on the CPU.
@@ -309,7 +305,7 @@ class AppendPlan:
         BuildError: the kernel cannot be compiled here.
     """
 
-    __slots__ = ("_address", "_capacity", "_fields", "_kernel", "_key_dim", "_lead", "_tensors", "_value_dim")
+    __slots__ = ("_address", "_capacity", "_fields", "_kernel", "_key_dim", "_lead", "_value_dim")
 
     def __init__(self, buffers: StoreBuffers, fmt: LayerFormat, key_dim: int, value_dim: int) -> None:
         tier, tier_fmt = buffers.tiers[0], fmt.tiers[0]
@@ -325,16 +321,6 @@ class AppendPlan:
         header = _header(batch, heads, key_dim, value_dim, balancer, scores=_score_rows(buffers.scores))
         self._fields = array("q", [*header, *_tier_fields(tier, tier_fmt)])
         self._address = self._fields.buffer_info()[0]
-        self._tensors = [weakref.ref(x) for x in self._used(buffers)]
-
-    @staticmethod
-    def _used(buffers: StoreBuffers) -> tuple[torch.Tensor, ...]:
-        tier = buffers.tiers[0]
-        return *tier.key, *tier.value, tier.positions, buffers.scores, buffers.balancer
-
-    def serves(self, buffers: StoreBuffers) -> bool:
-        """True if the plan was built from these tensors: the same objects, of those that an append touches."""
-        return all(ref() is x for ref, x in zip(self._tensors, self._used(buffers), strict=True))
 
     def __call__(
         self, k: torch.Tensor, v: torch.Tensor, start: int, first_position: int, own_scores: torch.Tensor | None = None
@@ -383,18 +369,3 @@ class AppendPlan:
             start, count, first_position, *scores,
         )  # fmt: skip
         _check(self._kernel(self._address))
-
-
-def append_plan(buffers: StoreBuffers, fmt: LayerFormat, key_dim: int, value_dim: int) -> AppendPlan | None:
-    """A plan for a store, or None where the primitive ``write_tokens`` has to be run instead.
-
-    That is so on other devices and with other kernels, for what the kernel does not take, and without a compiler; the
-    primitive warns of the latter, once.
-    """
-    device = buffers.tiers[0].positions.device
-    if dispatch.backend_for(device) != "cpp" or ("cpp", "write_tokens") in dispatch._failed:
-        return None
-    try:
-        return AppendPlan(buffers, fmt, key_dim, value_dim)
-    except (NotCovered, BuildError):
-        return None
