@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from test_eval import Letters
@@ -24,14 +25,17 @@ def main(suite: str, out: str, log: str) -> int:
             file.write(f"{os.environ.get('RANK', 0)} {result.status} {result.key}\n")
         return write(folder, result)
 
-    results.write = logged
-    models.load = lambda *args: (Letters(), build("llama"))
-    torch.set_num_threads(1)
-    return command.sweep(
-        suite, model="tiny", out=Path(out), only=None, text_dir=None, lower="eager", dtype="float32", device="cpu",
-        fresh=False, as_json=False, report=False,
-    )  # fmt: skip
+    def tiny(*args: object) -> tuple[object, object]:
+        return Letters(), build("llama")
+
+    # Put back afterwards, as the tests call this in their own process, too.
+    with patch.object(results, "write", logged), patch.object(models, "load", tiny):
+        return command.sweep(
+            suite, model="tiny", out=Path(out), only=None, text_dir=None, lower="eager", dtype="float32", device="cpu",
+            fresh=False, as_json=False, report=False,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main(*sys.argv[1:]))
