@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mikv_compile.config import Options, parse_size
@@ -22,7 +23,7 @@ KEEPING = (("fp", "int8"), ("int8", "int4"), ("int8", "k4v3"), ("int8", "k4v2"))
 MIXED = ("int8", "k4v2", "k3v2")
 """Tiers that hold all tokens where the last of these would not: window and sinks, as many as fit, the rest."""
 
-WAITING = 40
+WAITING = 50
 """Of the up to 63 tokens that fill no block of ``MIXED`` and wait in the high tier: what a budget pays for."""
 
 EVICTING = ("int8", "k4v2", 0.01)
@@ -104,29 +105,31 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     per_token = options.budget * (site.key_dim + site.value_dim) * site.dtype.itemsize
     always = options.resolved("window", 64) + options.resolved("sinks", 4)
 
-    def slots(high: str, low: str) -> tuple[float, float, float]:
-        """Bytes of a token in either tier, and those of a head that do not depend on the length."""
-        plan = _plan(options, parse_tiers(f"{high}:0.5,{low}"), site)
-        balancer = 4.0 * site.key_dim if plan.format.is_balanced else 0.0
-        return plan.slot_bytes[0], plan.slot_bytes[1], balancer
+    def slots(*names: str) -> tuple[float, ...]:
+        """Bytes of a token in each of these tiers, and last those of a head that do not depend on the length.
+
+        Raises ValueError for a head dimension that cannot be packed so.
+        """
+        plan = _plan(options, parse_tiers(",".join([f"{name}:0.1" for name in names[:-1]] + [names[-1]])), site)
+        return *plan.slot_bytes, 4.0 * site.key_dim if plan.format.is_balanced else 0.0
 
     for high, low in KEEPING:
-        of_high, of_low, fixed = slots(high, low)
+        try:
+            of_high, of_low, fixed = slots(high, low)
+        except OptionError:
+            raise
+        except ValueError:
+            continue
         share = (per_token - of_low) / (of_high - of_low)
+        if share >= 1:
+            return parse_tiers(high)
         # Capacities are rounded up, which the share pays for in advance.
         less = math.ceil(always + (fixed + FIRST_STEP * of_high) / (of_high - of_low))
         if share * BUDGET_LENGTH >= less + (ROUNDING if low != "int8" else 0):
-            return parse_tiers(f"{high}:{_floor(min(share, 1.0))}-{less},{low}")
-    high, middle, low = MIXED
-    of_high, of_middle, fixed = slots(high, middle)
-    of_low = slots(high, low)[1]
-    if of_low < of_middle:  # rounding up may make them equal, where heads are small
-        high_share = max((per_token - of_middle) / (of_high - of_middle), 0.0)
-        share = min((per_token - of_low) / (of_middle - of_low), 1.0 - high_share)
-        dear = max(always - high_share * BUDGET_LENGTH, 0.0) + WAITING
-        less = math.ceil((fixed + dear * (of_high - of_low)) / (of_middle - of_low))
-        if share * BUDGET_LENGTH >= less:
-            return parse_tiers(f"{high}:{_floor(high_share)}-{always},{middle}:{_floor(share)}-{less},{low}")
+            return parse_tiers(f"{high}:{_floor(share)}-{less},{low}")
+    mixed = _mixed(slots, per_token, always)
+    if mixed is not None:
+        return mixed
     high, low, high_share = EVICTING
     of_high, of_low, fixed = slots(high, low)
     share = (per_token - of_high * high_share) / of_low
@@ -139,7 +142,34 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
             f"budget={options.budget} is below the least that window={options.resolved('window', 64)} and "
             f"sinks={options.resolved('sinks', 4)} allow here, {least:.3f}; raise it, or lower those"
         )
-    return parse_tiers(f"{high}:{high_share},{low}:{_floor(min(share, 1.0 - high_share - 1e-4))}-{less}")
+    most = 1.0 - high_share - 1e-4
+    less -= min(
+        math.floor(max(share - most, 0.0) * BUDGET_LENGTH), less
+    )  # a share beyond all tokens pays for the window
+    return parse_tiers(f"{high}:{high_share},{low}:{_floor(min(share, most))}-{less}")
+
+
+def _mixed(slots: Callable[..., tuple[float, ...]], per_token: float, always: int) -> tuple[Tier, ...] | None:
+    """``MIXED`` with as many tokens in the middle tier as ``per_token`` bytes allow, or None if it is too few bytes."""
+    high, middle, low = MIXED
+    try:
+        of_high, of_middle, of_low, fixed = slots(*MIXED)
+    except OptionError:
+        raise
+    except ValueError:
+        return None
+    if of_low >= of_middle:  # rounding up may make them equal, where heads are small
+        return None
+    high_share = max((per_token - of_middle) / (of_high - of_middle), 0.0)
+    share = min((per_token - of_low) / (of_middle - of_low), 1.0 - high_share)
+    # What the window and waiting tokens cost beyond the low tier is paid for by tokens that go down to it. A share of the
+    # high tier beyond the window gives up tokens to fill a block, so fewer wait.
+    beyond = high_share * BUDGET_LENGTH - always
+    unpaid = max(-beyond, 0.0) + max(WAITING - max(beyond, 0.0), 0.0)
+    less = math.ceil((fixed + unpaid * (of_high - of_low)) / (of_middle - of_low))
+    if share * BUDGET_LENGTH < less:
+        return None
+    return parse_tiers(f"{high}:{_floor(high_share)}-{always},{middle}:{_floor(share)}-{less},{low}")
 
 
 def _floor(share: float) -> str:
