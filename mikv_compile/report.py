@@ -151,6 +151,11 @@ class Explanation:
         lines = [f"graph {i}: {g}" for i, g in enumerate(self.graphs)] or ["no graph was compiled"]
         if self.cache is not None:
             lines.append(str(self.cache))
+            if not self.sites and not any(layer.plan for layer in self.cache.layers):
+                lines.append(
+                    "This call left a dense cache. A call that goes on from it may take it over: explain one with this "
+                    "cache in its arguments, too"
+                )
         return "\n".join(lines)
 
 

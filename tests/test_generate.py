@@ -175,3 +175,23 @@ def test_two_models_in_one_process():
 def test_explain_of_a_compiled_model():
     fast = torch.compile(llama(), backend="mikv", options=OPTIONS)
     assert mikv_compile.explain(fast, prompt()).sites == 2
+
+
+class FirstCallWithoutPast(torch.nn.Module):
+    """Many a hand-written decoder: the first call returns its keys as they are, later ones join them to the past."""
+
+    def forward(self, q, k, v, past=None):
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v), (k, v)
+
+
+def test_explain_says_that_a_later_call_may_take_over_a_dense_cache():
+    model, given = FirstCallWithoutPast(), [torch.randn(1, 2, 200, 16) for _ in "qkv"]
+    with torch.no_grad():
+        _, past = model(*given)
+    hint = "A call that goes on from it may take it over"
+    first = mikv_compile.explain(model, *given)
+    assert not first.sites and hint in str(first)
+    later = mikv_compile.explain(model, *(torch.randn(1, 2, 1, 16) for _ in "qkv"), past)
+    assert later.sites == 1 and hint not in str(later)
