@@ -30,6 +30,7 @@ SHAPE = CacheShape(1, 3, 64, 64, torch.float16, layers=4)
         ({"lower": "llvm"}, "'inductor' or 'eager'"),
         ({"inductor": 3}, "dict of Inductor"),
         ({"tiers": 4}, "a string"),
+        ({"plan": ""}, "expected the name of a plan file"),
     ],
 )
 def test_refused_with_a_hint(options, message):
