@@ -210,6 +210,8 @@ class Options:
             self._check_plan()
 
     def _check_plan(self) -> None:
+        if not self.plan:
+            raise OptionError("option 'plan' is empty; expected the name of a plan file, such as 'plan.json'")
         for name in ("tiers", "layers", "layer_budget"):
             if getattr(self, name) is not None:
                 raise OptionError(f"options 'plan' and {name!r} both choose the tiers of layers; give one of them")

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -282,6 +283,24 @@ def test_the_packaged_file():
 
 
 # Files
+
+
+def test_the_page_gives_the_bytes_and_the_number_of_offers_that_there_are():
+    page = (Path(__file__).parent.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
+    usual = tuple(sorted((name, getattr(Options(), name)) for name in sensitivity._OF_BYTES))
+    shape = sensitivity.load("smollm2-135m").layers[0]
+    offers = {tiers for tiers, *_ in sensitivity._offers(shape, torch.float16, usual)}
+    assert f" {len(offers)} different tiers" in page
+    site = CacheShape(1, shape.kv_heads, shape.key_dim, shape.value_dim, torch.float16, 30)
+    rows = re.findall(r"^\| (\d+) % \| (.*) % \|$", page, re.M)
+    assert [budget for budget, _ in rows] == ["3", "6", "12", "25"]
+    for budget, cells in rows:
+        planner = Planner(Options(plan="smollm2-135m", budget=int(budget) / 100))
+        plans = [planner.layer(i, site) for i in range(site.layers)]
+        for length, cell in zip((1700, 3584, 4096, 32768), cells.split(" % | "), strict=True):
+            sizes = (site.batch, site.kv_heads, site.key_dim, site.value_dim, site.dtype)
+            nbytes = sum(plan.nbytes(length, *sizes) for plan in plans)
+            assert f"{100 * nbytes / site.dense_nbytes(length) / site.layers:.1f}" == cell, (budget, length)
 
 
 def test_round_trip(tmp_path):

@@ -552,6 +552,38 @@ def test_links_lead_to_files_of_the_repository(page):
             assert re.match(r"https?://", link), f"{page}: {link}"
 
 
+def pictures_in(text: str) -> list[str]:
+    """Addresses of a page's pictures, as Markdown or HTML shows them."""
+    return re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text) + re.findall(r"""<img[^>]*\ssrc=["']([^"']+)""", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_are_in_the_repository(page):
+    hooks = load("docs/site_hooks.py")
+    for target in pictures_in(read(page)):
+        path = hooks.in_repository(page, target)
+        if path is None:
+            assert re.match(r"https://", target), f"{page}: {target}"
+        else:
+            assert (ROOT / path).is_file(), f"{page}: {target}"
+
+
+def test_pictures_are_found():
+    assert pictures_in('![a](x.png) ![](<y.svg> "t")\n<img alt="b" src="z.png">') == ["x.png", "y.svg", "z.png"]
+
+
+PLACEHOLDER = re.compile(r"@[A-Z0-9]+@")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_is_left(page):
+    assert not PLACEHOLDER.findall(read(page))
+
+
+def test_placeholders_are_noticed():
+    assert PLACEHOLDER.findall("about @NEEDLES@ of them, @KL2@, a@b.org, @torch") == ["@NEEDLES@", "@KL2@"]
+
+
 def test_links_are_rewritten():
     hooks = load("docs/site_hooks.py")
     text = (

@@ -430,6 +430,7 @@ def test_text_modules_do_not_import_the_backend():
         ({"methods": [{}], "tasks": {"continuation": {"context": "long"}}}, "'context' of task"),
         ({"methods": [{}], "tasks": {"retrieval": {"lines": 100}}}, "lines is 100"),
         ({"methods": [{}], "texts": "pydoc"}, "'texts' must be a list"),
+        ({"methods": [{}], "tasks": {}}, "names no task"),
         ({"methods": [{"factory": "a:b", "options": {}}]}, "do not go with factory"),
     ],
 )
@@ -522,6 +523,42 @@ def test_commands(tmp_path, monkeypatch):
     assert said.exit_code == 0 and "3 results" in said.output and "measured" not in said.output
     assert "positions.png" in said.output and (tmp_path / "out" / "positions.png").is_file()
     assert mikv("sweep", tmp_path / "s.toml", "--only", "none").exit_code == 2
+
+
+def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from mikv_compile import cli
+    from mikv_compile.eval import models
+
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("the model is loaded"))
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "s.toml").write_text('[[methods]]\noptions = { plan = "nofile.json" }\n')
+    suite = str(tmp_path / "s.toml")
+    for arguments, advice in (
+        (["eval", "tiny", "-o", "plan=nofile.json"], "there is no plan file 'nofile.json'"),
+        (["eval", "tiny", "-o", f"plan={tmp_path / 'file'}"], "is not a plan file"),
+        (["eval", "tiny", "-o", "plan="], "expected the name of a plan file"),
+        (["eval", "tiny", "--tasks", ""], "--tasks is '', which names no task; there are continuation"),
+        (["eval", "tiny", "--tasks", " , "], "names no task"),
+        (["eval", "tiny", "--texts", ""], "--texts is '', which names no text"),
+        (["eval", "tiny", "--device", "foo"], "device is 'foo'"),
+        (["eval", "tiny", "--device", "meta"], "device is 'meta'"),
+        (["eval", "tiny", "--device", "cuda:99"], "device is 'cuda:99', but torch finds"),
+        (["eval", "tiny", "--out", str(tmp_path / "file")], "is a file; give a folder"),
+        (["eval", "tiny", "--out", str(tmp_path / "file" / "deeper")], "is a file; give a folder"),
+        (["sweep", suite], "there is no plan file 'nofile.json'"),
+        (["sweep", suite, "--device", "foo"], "device is 'foo'"),
+        (["sweep", suite, "--out", str(tmp_path / "file")], "is a file; give a folder"),
+    ):
+        out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+        wrong = CliRunner().invoke(cli.make_app(), [*arguments, *out])
+        assert wrong.exit_code == 2 and advice in wrong.stderr, (arguments, wrong.output, wrong.exception)
+        assert wrong.stderr.count("\n") == 1, wrong.stderr
+    assert not (tmp_path / "out").exists()
+    read_only = CliRunner().invoke(cli.make_app(), ["sweep", suite, "--report", "--out", str(tmp_path / "out")])
+    assert "there are no results below" in read_only.stderr  # needs no plan file
 
 
 def test_unknown_tasks_and_settings():

@@ -30,6 +30,7 @@ SHAPE = CacheShape(1, 3, 64, 64, torch.float16, layers=4)
         ({"lower": "llvm"}, "'inductor' or 'eager'"),
         ({"inductor": 3}, "dict of Inductor"),
         ({"tiers": 4}, "a string"),
+        ({"plan": ""}, "expected the name of a plan file"),
     ],
 )
 def test_refused_with_a_hint(options, message):
@@ -80,6 +81,21 @@ def test_presets_hold_only_options_and_all_make_plans():
             counts = plan.fill(length).counts
             assert sum(counts) <= length and all(c >= 0 for c in counts)
             assert plan.evicts or sum(counts) == length
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_preset_of_the_paper_is_what_the_paper_says(dim):
+    """MiKV (arXiv 2402.18096): a fifth as it is, half of that the newest; the rest at 2 bits, in groups of D/2."""
+    plan = Planner(Options(preset="mikv-paper")).layer(0, CacheShape(1, 2, dim, dim, torch.float16))
+    high, low = plan.tiers
+    assert plan.tiers == parse_tiers("fp:0.2,int2") and not plan.evicts
+    assert (high.key_bits, high.value_bits, high.share, high.less) == (16, 16, 0.2, 0)
+    assert (low.key_bits, low.value_bits, low.share) == (2, 2, None)
+    assert str(plan.format) == f"fp,fp|2:t1c{dim // 2}b,2:t1c{dim // 2}+scored+watch:r0p1n1"
+    key, value = plan.format.tiers[1].key, plan.format.tiers[1].value
+    assert (key.channels, key.balanced) == (dim // 2, True) and (value.channels, value.balanced) == (dim // 2, False)
+    assert (plan.policy, plan.window, plan.sinks, plan.recent_share, plan.flush_every) == ("h2o", 0, 0, 0.5, 1)
+    assert plan.fill(1000).counts == (200, 800) and plan.recent_from(1000) == 900
 
 
 def test_options_beside_a_preset_replace_its_own():

@@ -74,6 +74,18 @@ def test_a_budget_that_window_and_sinks_exceed_is_refused():
         Planner(Options(budget=0.005)).layer(0, SHAPES["llama-8b"])
 
 
+def test_budgets_that_evict_with_snapkv_weigh_by_value_norms_and_others_do_not():
+    def ranked(**options):
+        plan = Planner(Options(**options)).layer(0, SHAPES["llama-8b"])
+        return plan.evicts, plan.format.rank is not None and plan.format.rank.by_value
+
+    assert ranked(budget=0.12) == ranked(budget="64MiB") == (True, True)
+    assert ranked(budget=0.3) == (False, False)
+    assert ranked(budget=0.12, policy="h2o") == ranked(budget=0.12, value_norm=False) == (True, False)
+    assert ranked(tiers="int8:0.0,int4:0.5") == (True, False)  # tiers by hand are as they were given
+    assert ranked(budget=0.12, layers="0=int8:0.1") == (True, False)
+
+
 def test_shares_less_some_tokens():
     plan = Planner(Options(tiers="int8:0.1-20,k4v2:0.5-30")).layer(0, SHAPES["llama-8b"])
     assert plan.tiers[0].quota(1000) == 80 and plan.tiers[1].quota(1000) == 470 and plan.tiers[1].quota(40) == 0

@@ -13,12 +13,14 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
 from mikv_compile.errors import MikvError
 from mikv_compile.eval import aggregate, models, plots, processes, results, runner, suites, tables, texts
 from mikv_compile.eval.methods import DenseMethod
 from mikv_compile.eval.mikv_method import MikvMethod
 from mikv_compile.eval.runner import Plan, Summary
-from mikv_compile.eval.tasks import Task, TaskError, make
+from mikv_compile.eval.tasks import TASKS, Task, TaskError, make
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +52,7 @@ def evaluate(
         chosen |= {} if budget is None else {"budget": number_or_text(budget)}
         suites.check_options(chosen)
         measured = make_tasks(tasks, settings)
-        read = tuple(text for name in split(names) for text in texts.load_all(name, text_dir))
+        read = make_texts(names, text_dir)
         plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
         together = processes.current()
         summary = runner.run(plan, quiet=as_json, processes=together)
@@ -131,15 +133,55 @@ def make_plan(
     model: str, methods: tuple[Any, ...], tasks: tuple[Task, ...], read: tuple[texts.Text, ...], out: Path,
     dtype: str, device: str, fresh: bool,
 ) -> Plan:  # fmt: skip
-    """A plan; refuses a dtype that is none."""
+    """A plan; what would fail only once the model is loaded, or later, is refused here.
+
+    Raises:
+        ValueError: for a dtype that is none, a device that is not here, or a results folder that is a file.
+        mikv_compile.OptionError: for a plan file of a method that is missing or damaged.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}")
+    check_device(device)
+    file = next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"--out is {str(out)!r}, but {str(file)!r} is a file; give a folder for the results")
+    suites.check_plan_files(methods)
     return Plan(model, methods, tasks, read, out, dtype, device, fresh)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device on which no model can run here.
+
+    Raises:
+        ValueError: for a name that torch does not know, or a device that this machine or build of torch lacks.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cpu":
+            return
+        module = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected one such as cpu, cuda or cuda:0") from error
+    count = module.device_count() if module.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device is {name!r}, but torch finds {count} {device.type} devices here; give another, or cpu"
+        )
+
+
+def make_texts(names: str, folder: Path | None) -> tuple[texts.Text, ...]:
+    """Texts from ``pydoc,jargon``."""
+    chosen = split(names)
+    if not chosen:
+        raise texts.TextError(f"--texts is {names!r}, which names no text; give pydoc, jargon, kjv or files")
+    return tuple(text for name in chosen for text in texts.load_all(name, folder))
 
 
 def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
     """Tasks from ``continuation,retrieval`` and settings such as ``continuation.context=512``."""
     chosen: dict[str, dict[str, Any]] = {name: {} for name in split(names)}
+    if not chosen:
+        raise TaskError(f"--tasks is {names!r}, which names no task; there are {', '.join(TASKS)}")
     for setting in settings:
         key, value = parse_option(setting)
         if isinstance(value, str) and "," in value:

@@ -35,7 +35,7 @@ import difflib
 import itertools
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,6 +125,10 @@ def parse(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, folder
             tasks.append(make(name, {key: value for key, value in settings.items() if key != "texts"}))
         except ValueError as error:
             raise SuiteError(f"[tasks.{name}]: {error}") from error
+    if not tasks:
+        raise SuiteError(
+            "[tasks] names no task; leave it out for continuation, or give a table such as [tasks.retrieval]"
+        )
     methods = [
         method
         for i, entry in enumerate(raw.get("methods", []), 1)
@@ -209,6 +213,19 @@ def check_options(options: Mapping[str, Any]) -> None:
     from mikv_compile.planner import Planner
 
     Planner(Options.parse(options))
+
+
+def check_plan_files(methods: Iterable[Method]) -> None:
+    """Refuse plan files that cannot be read, before a model is loaded. Where results are only read, none is needed.
+
+    Raises:
+        mikv_compile.OptionError: for a file that is missing or damaged.
+    """
+    from mikv_compile import sensitivity
+
+    for method in methods:
+        if isinstance(method, MikvMethod) and method.options.get("plan") is not None:
+            sensitivity.load(method.options["plan"])
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Rounding by the error it leaves: what each way promises, and the C++ kernel against the reference."""
 
+import itertools
 import math
 
 import pytest
@@ -82,6 +83,21 @@ def test_robust_zero_points_do_better_with_outliers():
     robust = SideFormat(4, 64, 1, fit="hqq")
     lost = [(read(x, f) - x).abs().pow(0.7).mean().item() for f in (fmt, robust)]
     assert lost[1] < lost[0]
+
+
+def test_the_best_zero_of_all_steps_is_kept(monkeypatch):
+    """Later steps do worse in some groups and better in others."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 8) * torch.tensor([4.0] + 7 * [1.0])
+    lost = []
+    for steps in range(1, fit.HQQ_STEPS + 1):
+        monkeypatch.setattr(fit, "HQQ_STEPS", steps)
+        codes, scale, zero = fit.fit(x, 2, "hqq")
+        read = codes * scale.float()[:, None] + zero.float()[:, None]
+        lost.append((x - read).abs().pow(fit.HQQ_POWER).mean(dim=1))
+    for fewer, more in itertools.pairwise(lost):
+        assert (more <= 1.02 * fewer).all()  # zeros are rounded to 16 bits
+    assert (lost[-1] < 0.95 * lost[0]).sum() > 20
 
 
 def test_levels_of_the_normal_distribution():
