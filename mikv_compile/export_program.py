@@ -116,7 +116,7 @@ def _decoder(model: torch.nn.Module, batch: int, max_length: int) -> torch.nn.Mo
 def _rewritten(
     model: torch.nn.Module, batch: int, tokens: int, max_length: int, options: Options
 ) -> tuple[RewrittenDecoder, int]:
-    """The decoder's graph for one token, or for any larger number, with stores in place of its caches; its vocabulary."""
+    """The decoder's graph for one token, or for any larger number, with stores for its caches; its vocabulary."""
     device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     example = torch.zeros(batch, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
     shapes = None
