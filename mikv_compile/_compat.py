@@ -170,12 +170,11 @@ def write_package(path: str, programs: dict[str, list[Any]], texts: dict[str, st
     package_pt2(path, aoti_files=programs, extra_files=texts)
 
 
-def read_package(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The callable programs and the texts of a ``.pt2`` file; programs share equal weights."""
+def read_package(path: str) -> dict[str, Any]:
+    """The callable programs of a ``.pt2`` file; they share equal weights."""
     from torch.export.pt2_archive._package import load_pt2
 
-    found = load_pt2(path, load_weights_from_disk=True)
-    return found.aoti_runners, found.extra_files
+    return load_pt2(path, load_weights_from_disk=True).aoti_runners
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -145,8 +145,10 @@ class Options:
         """Options from the dict that was given to ``torch.compile``.
 
         Raises:
-            OptionError: for an unknown key, with the nearest known name.
+            OptionError: for an unknown key, with the nearest known name, and for what is no mapping.
         """
+        if not isinstance(options, Mapping | None):
+            raise OptionError(f"options are {options!r}; they must be a dict such as {{'budget': 0.25}}")
         given = dict(options or {})
         told = [k for k in given if isinstance(k, str) and k.startswith("inductor.")]
         inductor = {k.removeprefix("inductor."): given.pop(k) for k in told}

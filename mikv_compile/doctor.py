@@ -52,23 +52,31 @@ def examine(progress: Callable[[str], None] = lambda name: None) -> list[Finding
     return found
 
 
+_INSTALL = "pip install -c constraints.txt '.[all]' in a checkout"
+
+
 def _versions() -> Iterator[Finding]:
+    from mikv_compile.versions import OLDEST, release, untested
+
     yield Finding("python", OK, f"{platform.python_version()} at {sys.executable}")
     yield _version("mikv-compile", "0", "it runs from its source, so torch finds it only where that can be imported")
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
-    old = release < (2, 11)
-    yield Finding("torch", BROKEN if old else OK, torch.__version__, "install torch 2.11 or later" if old else "")
-    yield _version("transformers", "5.17", "commands that take a MODEL need it: pip install 'mikv-compile[eval]'")
-    yield _version("triton", "3.6", "kernels for GPUs need it: pip install 'mikv-compile[triton]'")
+    if release(torch.__version__) < OLDEST:
+        yield Finding("torch", BROKEN, torch.__version__, "install torch {}.{} or later".format(*OLDEST))
+    else:
+        advice = untested(torch.__version__) or ""
+        yield Finding("torch", NOTE if advice else OK, torch.__version__, advice)
+    yield _version("transformers", "5.17", f"commands that take a MODEL need it: {_INSTALL}")
+    yield _version("triton", "3.6", "kernels for GPUs need it: pip install triton")
 
 
 def _version(package: str, least: str, advice: str) -> Finding:
+    from mikv_compile.versions import release
+
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return Finding(package, NOTE, "not installed", advice)
-    numbers = [tuple(int(part) for part in text.split(".")[:2] if part.isdigit()) for text in (version, least)]
-    older = numbers[0] < numbers[1]
+    older = release(version) < release(least)
     return Finding(package, NOTE if older else OK, version, f"{least} is the oldest that is tested" if older else "")
 
 
@@ -78,7 +86,7 @@ def _entry_point() -> Iterator[Finding]:
         return
     yield Finding(
         "entry point", BROKEN, "torch knows no backend 'mikv'",
-        "install the package into this environment: pip install mikv-compile, or pip install -e . in a checkout",
+        f"install the package into this environment: {_INSTALL}",
     )  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def _devices() -> Iterator[Finding]:
         major, minor = torch.cuda.get_device_capability(number)
         yield Finding(f"GPU {number}", OK, f"{torch.cuda.get_device_name(number)}, capability {major}.{minor}")
     if not dispatch.has_triton():
-        advice = "pip install 'mikv-compile[triton]'; without it caches on the GPU stay dense"
+        advice = "pip install triton; without it caches on the GPU stay dense"
         yield Finding("kernels on cuda", BROKEN, "the package triton is missing", advice)
         return
     why = f"as MIKV_KERNELS={forced} says" if forced else "the default for GPUs with triton"
@@ -187,8 +195,14 @@ def _self_test() -> Iterator[Finding]:
         yield from _run(device)
 
 
+_WITHOUT_INDUCTOR = (
+    'options={"lower": "eager"} works meanwhile; Inductor needs a C++ compiler (install g++ or clang, or let CXX name '
+    "one) and Python's headers (the package python3-dev or python3-devel)"
+)
+
+
 def _run(device: str) -> Iterator[Finding]:
-    """A prompt and some steps: exact with ``budget=1.0``, and close with the default options."""
+    """A prompt and some steps: exact with ``budget=1.0``, and close with the default options, compiled as well."""
     from mikv_compile.report import cache_report
 
     generator = torch.Generator().manual_seed(0)
@@ -198,20 +212,29 @@ def _run(device: str) -> Iterator[Finding]:
         model = _TinyDecoder().to(device).eval()
     want, _ = _outputs(model, calls, device)
     advice = 'see whether TORCH_LOGS="+mikv_compile" says why, and report it with the output of mikv doctor --json'
+    all_good = True
     settings: tuple[tuple[str, dict[str, Any], float], ...] = (
-        ("budget=1.0", {"budget": 1.0}, 1e-4), ("default options", {}, 0.5),
+        ("budget=1.0", {"budget": 1.0, "lower": "eager"}, 1e-4), ("default options", {"lower": "eager"}, 0.5),
+        ("compiled by Inductor", {}, 0.5),
     )  # fmt: skip
     for name, options, tolerance in settings:
+        if not options and all_good:
+            advice = _WITHOUT_INDUCTOR
         torch.compiler.reset()  # what was traced before would answer, or make sizes symbolic
-        compiled = torch.compile(model, backend="mikv", options={**options, "lower": "eager"})
-        got, cache = _outputs(compiled, calls, device)
-        report = cache_report(cache)
-        error = float((got - want).norm() / want.norm())
-        compressed = bool(report.layers) and all(layer.plan is not None for layer in report.layers)
-        good = compressed and error <= tolerance
-        said = f"differs from dense by {error:.1e}, cache {report.ratio:.0%} of dense"
-        if not compressed:
-            said = "the cache stayed dense"
+        compiled = torch.compile(model, backend="mikv", options=options)
+        try:
+            got, cache = _outputs(compiled, calls, device)
+        except Exception as error:
+            good, said = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            report = cache_report(cache)
+            error_norm = float((got - want).norm() / want.norm())
+            compressed = bool(report.layers) and all(layer.plan is not None for layer in report.layers)
+            good = compressed and error_norm <= tolerance
+            said = f"differs from dense by {error_norm:.1e}, cache {report.ratio:.0%} of dense"
+            if not compressed:
+                said = "the cache stayed dense"
+        all_good &= good
         yield Finding(f"self-test on {device}, {name}", OK if good else BROKEN, said, "" if good else advice)
 
 

@@ -89,14 +89,15 @@ def exported_programs(
     decoder = _decoder(model, batch, max_length)
     programs: dict[str, torch.export.ExportedProgram] = {}
     layers: dict[str, tuple[Layer, ...]] = {}
+    vocabulary = 0
     for name, tokens in PROGRAMS.items():
-        made = _rewritten(decoder, batch, min(tokens, max_length), max_length, options)
+        made, vocabulary = _rewritten(decoder, batch, min(tokens, max_length), max_length, options)
         programs[name] = _program(made.graph.gm)
         layers[name] = tuple(Layer(call.plan, call.shape(()), str(call.device)) for call in made.calls)
     first, *others = layers.values()
     if any(other != first for other in others):
         raise MikvError("the caches of the decoder are others for one token than for several tokens")
-    return programs, Package(batch, max_length, first)
+    return programs, Package(batch, max_length, vocabulary, first)
 
 
 def _decoder(model: torch.nn.Module, batch: int, max_length: int) -> torch.nn.Module:
@@ -112,8 +113,10 @@ def _decoder(model: torch.nn.Module, batch: int, max_length: int) -> torch.nn.Mo
     return PositionedDecoder(model, batch, max_length)
 
 
-def _rewritten(model: torch.nn.Module, batch: int, tokens: int, max_length: int, options: Options) -> RewrittenDecoder:
-    """The decoder's graph for one token, or for any larger number of tokens, with stores in place of its caches."""
+def _rewritten(
+    model: torch.nn.Module, batch: int, tokens: int, max_length: int, options: Options
+) -> tuple[RewrittenDecoder, int]:
+    """The decoder's graph for one token, or for any larger number, with stores for its caches; its vocabulary."""
     device = next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     example = torch.zeros(batch, tokens, dtype=torch.int64, device=device), torch.arange(tokens, device=device)
     shapes = None
@@ -133,7 +136,17 @@ def _rewritten(model: torch.nn.Module, batch: int, tokens: int, max_length: int,
         raise MikvError(f"the exported graph cannot be rewritten: {error}") from error
     made = rewrite_graph(normal.gm, {}, options, records_grad=False)
     _check(made, normal, tokens, max_length)
-    return made
+    return made, _vocabulary(traced)
+
+
+def _vocabulary(traced: torch.export.ExportedProgram) -> int:
+    """Token ids are below this: the rows of the table that they are looked up in, or else the number of logits."""
+    tokens, logits = traced.graph_signature.user_inputs[0], traced.graph_signature.user_outputs[0]
+    looked_up = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    tables = [node.args[0] for node in looked_up if str(node.args[1]) == tokens]
+    if tables:
+        return min(int(table.meta["val"].shape[0]) for table in tables)
+    return next(int(node.meta["val"].shape[-1]) for node in traced.graph.nodes if node.name == logits)
 
 
 def _check(made: RewrittenDecoder, normal: NormalGraph, tokens: int, max_length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ class ExportedDecoder:
             What the exported model returns: logits ``[batch, S or 1, V]``.
 
         Raises:
-            MikvError: for tokens of another shape or dtype, or more than ``max_length``.
+            MikvError: for tokens of another shape or dtype, ids beyond the vocabulary, more tokens than ``max_length``,
+                or a cache that is not one of :meth:`new_cache`.
             UnusableCacheError: if an earlier call was interrupted while it wrote to the cache.
         """
         new, first = self._checked(tokens, cache), cache.length
@@ -122,7 +124,12 @@ class ExportedDecoder:
 
         Returns:
             int64 ``[batch, S + new]``: the prompt and what follows.
+
+        Raises:
+            MikvError: as for a call, and for ``max_new_tokens`` that is no whole number, at least 0.
         """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise MikvError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, at least 0")
         cache = self.new_cache() if cache is None else cache
         tokens, all_tokens = prompt, [prompt]
         ended = torch.zeros(self.batch, 1, dtype=torch.bool, device=self.device)
@@ -137,11 +144,21 @@ class ExportedDecoder:
         return torch.cat(all_tokens, 1)
 
     def _checked(self, tokens: torch.Tensor, cache: ExportedCache) -> int:
-        """The number of new tokens, once it is sure that the programs take them."""
+        """The number of new tokens, once it is sure that the programs take them: compiled code checks nothing."""
+        if not isinstance(tokens, torch.Tensor):
+            raise MikvError(
+                f"tokens are a {type(tokens).__name__}; the package takes an int64 tensor [{self.batch}, S]"
+            )
         if tokens.dim() != 2 or tokens.shape[0] != self.batch or not tokens.shape[1]:
             raise MikvError(f"tokens are {tuple(tokens.shape)}; the package takes [{self.batch}, S], S at least 1")
         if tokens.dtype != torch.int64 or tokens.device.type != self.device.type:
             raise MikvError(f"tokens are {tokens.dtype} on {tokens.device}; the package takes int64 on {self.device}")
+        vocabulary = self._package.vocabulary
+        if bool(((tokens < 0) | (tokens >= vocabulary)).any()):
+            raise MikvError(
+                f"tokens are from {int(tokens.min())} to {int(tokens.max())}; the model knows 0 to {vocabulary - 1}"
+            )
+        self._check_cache(cache)
         new = tokens.shape[1]
         if cache.length + new > self.max_length:
             raise MikvError(
@@ -149,6 +166,22 @@ class ExportedDecoder:
                 "for; export it with a larger max_length"
             )
         return new
+
+    def _check_cache(self, cache: ExportedCache) -> None:
+        """Refuse a cache of another package: the programs would read and write beyond its buffers."""
+        advice = "use decoder.new_cache() of this package"
+        if not isinstance(cache, ExportedCache):
+            raise MikvError(f"the cache is a {type(cache).__name__}; {advice}")
+        layers = self._package.layers
+        if len(cache.stores) != len(layers):
+            raise MikvError(f"the cache has {len(cache.stores)} layers, and the package {len(layers)}; {advice}")
+        for i, (store, layer) in enumerate(zip(cache.stores, layers, strict=True)):
+            for what, found, wanted in (
+                ("device", store.device, torch.device(layer.device)), ("shape", store.site, layer.shape),
+                ("plan", store.plan, layer.plan), ("number of tokens", store.length, cache.length),
+            ):  # fmt: skip
+                if found != wanted:
+                    raise MikvError(f"layer {i} of the cache has another {what}, {found}, than {wanted}; {advice}")
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedDecoder:
@@ -159,14 +192,23 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedDecoder:
             was compiled on, with the same version of torch.
 
     Raises:
-        MikvError: if there is no such file, or it is no such package.
+        MikvError: if there is no such file, it is no such package, or another release of torch has compiled it.
     """
     if not Path(path).is_file():
         raise MikvError(f"there is no file {os.fspath(path)}")
     try:
-        programs, texts = _compat.read_package(os.fspath(path))
+        # Before any code is loaded, which may not be possible with another torch.
+        with zipfile.ZipFile(path) as archive:
+            texts = [archive.read(name) for name in archive.namelist() if name.endswith(f"/extra/{DESCRIPTION}")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise MikvError(f"{os.fspath(path)} cannot be loaded as an AOTInductor package: {error}") from error
+    if not texts:
+        raise MikvError(f"{os.fspath(path)} was not written by mikv_compile.export")
+    try:
+        package = Package.from_json(texts[0].decode())
+        programs = _compat.read_package(os.fspath(path))
+    except MikvError as error:
+        raise MikvError(f"{os.fspath(path)}: {error}") from error
     except (RuntimeError, ValueError, OSError) as error:
         raise MikvError(f"{os.fspath(path)} cannot be loaded as an AOTInductor package: {error}") from error
-    if DESCRIPTION not in texts:
-        raise MikvError(f"{os.fspath(path)} was not written by mikv_compile.export")
-    return ExportedDecoder(programs, Package.from_json(texts[DESCRIPTION]))
+    return ExportedDecoder(programs, package)

@@ -353,6 +353,7 @@ def test_doctor():
     assert content["ok"] and found["torch"]["said"] == torch.__version__
     assert found["kernels on cpu"]["said"].startswith("C++") and found["entry point"]["status"] == "ok"
     assert ".so" in found["C++ kernels: attention"]["said"] and "self-test on cpu, budget=1.0" in found
+    assert found["self-test on cpu, compiled by Inductor"]["status"] == "ok"
     assert "everything that is needed works" in mikv("doctor").stdout
 
 
@@ -387,6 +388,27 @@ def test_doctor_looks_for_itself(monkeypatch, tmp_path):
     assert "pip install" in next(doctor._entry_point()).advice
     monkeypatch.setenv("MIKV_KERNELS", "fast")
     assert next(doctor._devices()).status == doctor.BROKEN
+
+
+def test_doctor_says_what_works_where_only_inductor_fails(monkeypatch):
+    import torch._inductor.compile_fx
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("Python.h: no such file")
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fails)
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", fails)
+    *eager, compiled = doctor._run("cpu")
+    assert [finding.status for finding in eager] == ["ok", "ok"]
+    assert compiled.status == doctor.BROKEN and "Python.h" in compiled.said
+    assert all(word in compiled.advice for word in ('"lower": "eager"', "g++", "headers"))
+
+
+@pytest.mark.parametrize("version, status", [("2.10.1", "broken"), ("2.11.0a0+git", "ok"), ("99.0", "note")])
+def test_doctor_knows_which_torch_it_wants(monkeypatch, version, status):
+    monkeypatch.setattr(torch, "__version__", version)
+    torch_finding = next(f for f in doctor._versions() if f.name == "torch")
+    assert torch_finding.status == status and bool(torch_finding.advice) == (status != "ok")
 
 
 def test_doctors_self_test_notices_a_wrong_kernel(monkeypatch):

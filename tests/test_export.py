@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -197,6 +198,72 @@ def test_tokens_that_do_not_fit_are_refused():
     assert decoder(prompt(4), cache).shape == (1, 1, VOCAB) and cache.length == 64
 
 
+@pytest.mark.parametrize("bad", [-1, VOCAB, 2**40])
+def test_tokens_outside_of_the_vocabulary_are_refused(bad):
+    decoder = exported(Decoder(layers=1), max_length=64)
+    cache, ids = decoder.new_cache(), prompt(5)
+    ids[0, 2] = bad
+    with pytest.raises(MikvError, match=f"the model knows 0 to {VOCAB - 1}"):
+        decoder(ids, cache)
+    assert cache.length == 0
+    with pytest.raises(MikvError, match="tokens are a list"):
+        decoder([[1, 2]], cache)
+    for number in (-1, 1.5, True):
+        with pytest.raises(MikvError, match="max_new_tokens is"):
+            decoder.generate(prompt(5), number)
+
+
+class LooksUpByIndex(Decoder):
+    def forward(self, tokens, positions):
+        self.embed.forward = lambda ids: self.embed.weight[ids]
+        return super().forward(tokens, positions)
+
+
+def test_the_vocabulary_of_a_model_without_an_embedding_is_its_logits():
+    decoder = exported(LooksUpByIndex(layers=1), max_length=64)
+    with pytest.raises(MikvError, match=f"the model knows 0 to {VOCAB - 1}"):
+        decoder(prompt(5) + VOCAB, decoder.new_cache())
+    assert decoder(prompt(5), decoder.new_cache()).shape == (1, 1, VOCAB)
+
+
+def test_caches_of_other_packages_are_refused():
+    """Compiled programs would read and write beyond their buffers."""
+    decoder = exported(Decoder(), max_length=64)
+    package = decoder._package
+
+    def cache_of(**changes):
+        layers = [dataclasses.replace(layer, **changes) for layer in package.layers]
+        return ExportedDecoder({}, dataclasses.replace(package, layers=tuple(layers))).new_cache()
+
+    fewer, uneven = decoder.new_cache(), decoder.new_cache()
+    fewer.stores.pop()
+    uneven.stores[1] = decoder.new_cache().stores[1]
+    decoder(prompt(5), uneven)
+    uneven.stores[1].crop(3)
+    layer = package.layers[0]
+    for cache, message in (
+        (None, "the cache is a NoneType"),
+        ((), "the cache is a tuple"),
+        (fewer, "has 1 layers, and the package 2"),
+        (cache_of(plan=exported(Decoder(), {"tiers": "int4"})._package.layers[0].plan), "another plan"),
+        (cache_of(shape=dataclasses.replace(layer.shape, batch=2)), "another shape"),
+        (cache_of(shape=dataclasses.replace(layer.shape, dtype=torch.bfloat16)), "another shape"),
+        (cache_of(device="meta"), "another device"),
+        (uneven, "layer 1 of the cache has another number of tokens"),
+    ):
+        with pytest.raises(MikvError, match=f"{message}(.|\n)*new_cache"):
+            decoder(prompt(1), cache)
+
+
+def test_packages_of_another_torch_or_schema_are_refused():
+    _, package = exported_programs(Decoder(layers=1), 64, 1, Options())
+    said = json.loads(package.to_json())
+    assert Package.from_json(json.dumps({**said, "torch": torch.__version__.split("+")[0] + "+other"})) == package
+    for change, message in (({"torch": "2.3.0+cpu"}, r"torch 2\.3\.0\+cpu(.|\n)*again"), ({"schema": 1}, "schema 1")):
+        with pytest.raises(MikvError, match=message):
+            Package.from_json(json.dumps({**said, **change}))
+
+
 def test_a_step_that_fails_while_it_moves_tokens_spoils_the_cache():
     decoder = exported(Decoder(layers=1), {"tiers": "int8:0.1,int4", "window": 4, "flush_every": 64})
     cache = decoder.new_cache()
@@ -300,6 +367,23 @@ def test_weights_are_stored_once(package):
         names = archive.namelist()
     weights = [name for name in names if "/data/weights/" in name]
     assert len(weights) == len(list(Decoder(layers=1).parameters()))
+
+
+def test_a_package_of_another_torch_is_refused_before_its_code_is_loaded(package, tmp_path):
+    import zipfile
+
+    other = tmp_path / "other.pt2"
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            if name.endswith("/mikv.json"):
+                said = {**json.loads(old.read(name)), "torch": "2.3.0"}
+                new.writestr(name, json.dumps(said))
+    with pytest.raises(MikvError, match=r"other\.pt2: .*exported with torch 2\.3\.0"):
+        mikv_compile.load_exported(other)
+    with zipfile.ZipFile(other, "w") as new:
+        new.writestr("other/version", "1")
+    with pytest.raises(MikvError, match="was not written by"):
+        mikv_compile.load_exported(other)
 
 
 def transformers_tokens(model, ids, steps, **kwargs):

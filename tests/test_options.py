@@ -38,6 +38,12 @@ def test_refused_with_a_hint(options, message):
         Options.parse(options)
 
 
+@pytest.mark.parametrize("options", [[1], 3, "abc", [], 0, b"", ("budget", 1)])
+def test_options_that_are_no_dict(options):
+    with pytest.raises(OptionError, match="must be a dict"):
+        Options.parse(options)
+
+
 @pytest.mark.parametrize(
     ("tiers", "message"),
     [

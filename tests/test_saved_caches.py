@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 DEFAULT = {"lower": "eager"}
 EVICTING = {"tiers": "int8:0.1,k4v2:0.3", "window": 8, "flush_every": 64, "lower": "eager"}
 H2O = {"policy": "h2o", "window": 8, "lower": "eager"}
+DENSE = torch.ones(2)
 PAPER = {"preset": "mikv-paper", "window": 4, "lower": "eager"}
 
 
@@ -346,6 +348,68 @@ def test_what_cannot_be_saved_is_named(tmp_path, bad, match):
         save_cache(bad, tmp_path / "c")
 
 
+class Output(dict):
+    """As transformers returns it."""
+
+
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        (None, "the NoneType that was given.*return_dict_in_generate=True"),
+        ("x", "the str"),
+        (3, "the int"),
+        ([], "the list"),
+        (((None, None),), "the tuple"),
+        (torch.tensor([[1, 2, 3]]), "the Tensor"),
+        (Output(past_key_values=[DENSE]), "Output is no cache.*its past_key_values"),
+    ],
+)
+def test_what_is_no_cache_is_not_written(tmp_path, bad, match):
+    with pytest.raises(SavedCacheError, match=match):
+        save_cache(bad, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_another_kind(tmp_path):
+    path = tmp_path / "c"
+    for arguments, match in (
+        ({"model": "tiny"}, "model is a str"),
+        ({"tokens": "abc"}, "token ids are whole numbers .*'abc'"),
+        ({"tokens": [[1, 2], [3]]}, "token ids are whole numbers"),
+        ({"tokens": [1.5]}, "these are torch.float32"),
+    ):
+        with pytest.raises(SavedCacheError, match=match):
+            save_cache([DENSE], path, **arguments)
+    assert not path.exists()
+    save_cache([DENSE], path)
+    for arguments, match in (
+        ({"model": "tiny"}, "model is a str"),
+        ({"device": "gpu"}, "to the device 'gpu'"),
+        ({"device": 1.5}, "to the device 1.5"),
+        ({"device": "cuda:99"}, "to the device 'cuda:99'"),
+    ):
+        with pytest.raises(SavedCacheError, match=match):
+            load_cache(path, **arguments)
+
+
+def test_a_file_cannot_switch_on_offloading(tmp_path):
+    cache, path = Decoder().new_cache(), tmp_path / "c"
+
+    def told(value, state, tensors):
+        state["cache"][1]["attributes"]["offloading"] = ["value", value]
+
+    save_cache(cache, path)
+    for value in (True, 1, "yes"):
+        rewritten(path, partial(told, value))
+        with pytest.raises(SavedCacheError, match="offloading=True"):
+            load_cache(path, into=Decoder().new_cache())
+    rewritten(path, partial(told, False))
+    assert load_cache(path, into=Decoder().new_cache()).offloading is False
+    cache.offloading = True
+    with pytest.raises(SavedCacheError, match="offloading=True"):
+        save_cache(cache, path)
+
+
 def test_a_cache_that_contains_itself_is_refused(tmp_path):
     cache = []
     cache.append(cache)
@@ -410,7 +474,7 @@ def test_another_model_is_refused(tmp_path, other, match):
 
 def test_a_change_of_one_layer_is_noticed(tmp_path):
     model = Decoder()
-    save_cache([], tmp_path / "c", model=model)
+    save_cache([DENSE], tmp_path / "c", model=model)
     with torch.no_grad():
         model.o[1].weight *= 1.01
     with pytest.raises(SavedCacheError, match="other weights"):
@@ -428,7 +492,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, saved, given, match):
     log = logging.getLogger("mikv_compile.saved.api")
     log.addHandler(handler)
     try:
-        save_cache([], tmp_path / "c", model=Decoder() if saved else None)
+        save_cache([DENSE], tmp_path / "c", model=Decoder() if saved else None)
         load_cache(tmp_path / "c", model=Decoder() if given else None)
     finally:
         log.removeHandler(handler)
@@ -437,22 +501,22 @@ def test_what_cannot_be_compared_is_said(tmp_path, saved, given, match):
 
 def test_weights_that_are_not_loaded_cannot_be_compared(tmp_path):
     with pytest.raises(SavedCacheError, match="'meta'"):
-        save_cache([], tmp_path / "c", model=Decoder().to("meta"))
+        save_cache([DENSE], tmp_path / "c", model=Decoder().to("meta"))
 
 
 def test_how_much_of_a_prompt_is_cached(tmp_path):
     path = tmp_path / "c"
-    save_cache([], path, tokens=[5, 6, 7])
+    save_cache([DENSE], path, tokens=[5, 6, 7])
     assert cached_tokens(path, [5, 6, 7, 8]) == cached_tokens(path, torch.tensor([[5, 6, 7]])) == 3
     assert cached_tokens(path, [5, 6]) == cached_tokens(path, [5, 6, 9, 9]) == 2
     assert cached_tokens(path, [1, 6, 7]) == cached_tokens(path, []) == 0
-    save_cache([], path, tokens=torch.tensor([[5, 6, 7], [1, 2, 3]]))
+    save_cache([DENSE], path, tokens=torch.tensor([[5, 6, 7], [1, 2, 3]]))
     assert cached_tokens(path, [[5, 6, 7], [1, 2, 4]]) == 2
     with pytest.raises(SavedCacheError, match="is of tokens"):
         cached_tokens(path, [5, 6])
     with pytest.raises(SavedCacheError, match="have the shape"):
-        save_cache([], path, tokens=torch.zeros(1, 1, 1))
-    save_cache([], path)
+        save_cache([DENSE], path, tokens=torch.zeros(1, 1, 1))
+    save_cache([DENSE], path)
     with pytest.raises(SavedCacheError, match="without tokens"):
         cached_tokens(path, [5])
 
@@ -474,7 +538,7 @@ def test_files_that_are_no_saved_cache(tmp_path, load):
     path.write_bytes(b"")
     with pytest.raises(SavedCacheError, match="no complete safetensors file"):
         load(path)
-    with pytest.raises(SavedCacheError):
+    with pytest.raises(SavedCacheError, match="is a folder"):
         load(tmp_path)
     safetensors.save_file({"tokens": torch.ones(1, 1)}, path)
     with pytest.raises(SavedCacheError, match="was not written by"):
@@ -489,10 +553,12 @@ def test_files_that_are_no_saved_cache(tmp_path, load):
 
 
 def test_the_folder_must_exist_and_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
-    with pytest.raises(SavedCacheError, match="cannot be written"):
-        save_cache([], tmp_path / "none" / "c")
+    with pytest.raises(SavedCacheError, match=r"there is no folder .*none"):
+        save_cache([DENSE], tmp_path / "none" / "c")
+    with pytest.raises(SavedCacheError, match="is a folder"):
+        save_cache([DENSE], tmp_path)
     path = tmp_path / "c"
-    save_cache([1], path)
+    save_cache([DENSE], path)
 
     def half(tensors, filename, metadata=None):
         Path(filename).write_bytes(b"half of it")
@@ -500,14 +566,14 @@ def test_the_folder_must_exist_and_a_failure_leaves_the_old_file(tmp_path, monke
 
     monkeypatch.setattr(safetensors, "save_file", half)
     with pytest.raises(SavedCacheError, match="no space left"):
-        save_cache([2], path)
-    assert load_cache(path) == [1] and os.listdir(tmp_path) == ["c"]
+        save_cache([DENSE, 2], path)
+    assert torch.equal(*load_cache(path), DENSE) and os.listdir(tmp_path) == ["c"]
 
 
 def test_without_safetensors_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for call in (lambda: save_cache([], tmp_path / "c"), lambda: load_cache(tmp_path / "c")):
+    for call in (lambda: save_cache([DENSE], tmp_path / "c"), lambda: load_cache(tmp_path / "c")):
         with pytest.raises(SavedCacheError, match=r"mikv-compile\[save\]"):
             call()
 

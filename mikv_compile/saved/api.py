@@ -47,12 +47,21 @@ def save_cache(
         tokens: the token ids that the cache stands for, [T] or [B, T]; see :func:`cached_tokens`.
 
     Raises:
-        SavedCacheError: if something in the cache cannot be saved, or the file cannot be written.
+        SavedCacheError: if what is given is no cache, something in it cannot be saved, or the file cannot be written.
         UnusableCacheError: if an error has interrupted the step that was writing to the cache.
     """
     path = Path(path)
+    _check_model(model)
+    if isinstance(past_key_values, dict) and type(past_key_values) is not dict and "past_key_values" in past_key_values:
+        raise SavedCacheError(f"a {type(past_key_values).__name__} is no cache; give save_cache its past_key_values")
     leaves = _Gathered()
-    state: dict[str, Any] = {"package": mikv_compile.__version__, "cache": to_node(past_key_values, leaves)}
+    node = to_node(past_key_values, leaves)
+    if node[0] != "object" and not leaves.has_cache:  # an object may be a cache that nothing has filled yet
+        raise SavedCacheError(
+            f"the {type(past_key_values).__name__} that was given holds no tensor of a cache; give save_cache the "
+            "past_key_values of a model's output, which generate returns with return_dict_in_generate=True"
+        )
+    state: dict[str, Any] = {"package": mikv_compile.__version__, "cache": node}
     stores, tensors = leaves.data()
     if tokens is not None:
         tensors[_TOKENS] = _token_ids(tokens).clone()
@@ -84,10 +93,11 @@ def load_cache(
         check_model: False loads the cache of another model all the same.
 
     Raises:
-        SavedCacheError: if there is no such file, if it is damaged, of a newer format or of another model, or if the
-            cache needs ``model`` or ``into``.
+        SavedCacheError: if there is no such file, if it is damaged, of a newer format or of another model, if the cache
+            needs ``model`` or ``into``, or for a ``model`` or ``device`` that is none.
     """
     path = Path(path)
+    _check_model(model)
     target = _device(device, model)
     with torch.inference_mode(False), torch.no_grad(), opened(path) as file:
         file.check()
@@ -142,6 +152,11 @@ class _Gathered:
         self._dense: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether there are stores, or numbers that keys and values could be; token ids are none."""
+        return bool(self._stores) or any(x.is_floating_point() for x in self._dense)
+
     def number_of(self, store: LayerStore) -> int:
         """The number of a store; two handles of one store find the same."""
         if id(store) not in self._numbers:
@@ -190,9 +205,17 @@ class _Dense:
 
 def _token_ids(tokens: Tokens) -> torch.Tensor:
     """Token ids [B, T] int64 on the CPU."""
-    ids = torch.as_tensor(tokens).detach().to("cpu", torch.int64)
-    if ids.dim() not in (1, 2):
-        raise SavedCacheError(f"token ids have the shape [T] or [B, T]; these have {tuple(ids.shape)}")
+    try:
+        given = torch.as_tensor(tokens).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SavedCacheError(
+            f"token ids are whole numbers [T] or [B, T], not {str(tokens)[:40]!r}: {error}"
+        ) from error
+    if given.dim() not in (1, 2):
+        raise SavedCacheError(f"token ids have the shape [T] or [B, T]; these have {tuple(given.shape)}")
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype is torch.bool):
+        raise SavedCacheError(f"token ids are whole numbers; these are {given.dtype}")
+    ids = given.to("cpu", torch.int64)
     return ids.contiguous() if ids.dim() == 2 else ids[None].contiguous()
 
 
@@ -207,11 +230,20 @@ def _check_tokens(cache: Any, tokens: torch.Tensor) -> None:
             )
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module | None):
+        raise SavedCacheError(f"model is a {type(model).__name__}; give the model itself, a torch.nn.Module")
+
+
 def _device(device: torch.device | str | None, model: torch.nn.Module | None) -> torch.device:
     if device is None:
         first = None if model is None else next(model.parameters(), None)
         return torch.device("cpu") if first is None else first.device
-    return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors there say
+    try:
+        return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors there say
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SavedCacheError(f"nothing can be loaded to the device {device!r}: {reason}") from error
 
 
 def _compare(saved: dict[str, Any] | None, model: torch.nn.Module | None, path: Path) -> None:

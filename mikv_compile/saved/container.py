@@ -50,6 +50,10 @@ def write(path: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -
         SavedCacheError: if the file cannot be written, with the reason.
     """
     safetensors = _safetensors()
+    if path.is_dir():
+        raise SavedCacheError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise SavedCacheError(f"{path}: there is no folder {path.parent}; make it first")
     metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(state, separators=(",", ":"))}
     metadata["sha256"] = _checksum(metadata, tensors)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -125,6 +129,8 @@ def opened(path: Path) -> Iterator[Opened]:
         SavedCacheError: if there is none, or none that can be read.
     """
     safetensors = _safetensors()
+    if path.is_dir():
+        raise SavedCacheError(f"{path} is a folder; give the name of a file in it")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             yield Opened(file)

@@ -87,7 +87,14 @@ def _attributes(item: Any, place: str) -> dict[str, Any]:
             f"{place} is a {type(item).__name__}, which cannot be saved; caches are lists, tuples, dicts and objects "
             "of tensors, numbers and text"
         )
+    if vars(item).get("offloading"):
+        raise _offloaded(place)
     return {name: value for name, value in vars(item).items() if not isinstance(value, _BEHAVIOUR)}
+
+
+def _offloaded(place: str) -> SavedCacheError:
+    """What such a cache moves to the CPU and back are no handles, and a stream that does it cannot be saved."""
+    return SavedCacheError(f"{place} is a cache with offloading=True, which can neither be saved nor loaded")
 
 
 def _handle_to_data(handle: KVTensor | PreallocatedKV, leaves: Leaves) -> dict[str, Any]:
@@ -177,6 +184,8 @@ class Filler:
             if owner is None:
                 raise self._mismatch(f"{place}.{attribute}", "is missing")
             require(_may_be_set(owner, last), f"{place}.{attribute}")
+            if last == "offloading" and tuple(part) != ("value", False):
+                raise _offloaded(place)
             given = getattr(owner, last) if _has(owner, last) else ABSENT
             if attribute == "layers" and type(given) is list:
                 given = _with_layers(into, given, len(part[1]))
