@@ -162,8 +162,8 @@ def _mixed(slots: Callable[..., tuple[float, ...]], per_token: float, always: in
         return None
     high_share = max((per_token - of_middle) / (of_high - of_middle), 0.0)
     share = min((per_token - of_low) / (of_middle - of_low), 1.0 - high_share)
-    # What the window and waiting tokens cost beyond the low tier is paid for by tokens that go down to it. A share of the
-    # high tier beyond the window gives up tokens to fill a block, so fewer wait.
+    # What the window and waiting tokens cost beyond the low tier is paid for by tokens that go down to it. A share of
+    # the high tier beyond the window gives up tokens to fill a block, so fewer wait.
     beyond = high_share * BUDGET_LENGTH - always
     unpaid = max(-beyond, 0.0) + max(WAITING - max(beyond, 0.0), 0.0)
     less = math.ceil((fixed + unpaid * (of_high - of_low)) / (of_middle - of_low))
