@@ -214,6 +214,19 @@ def test_plan(llama, monkeypatch):
         mikv("plan", llama, *wrong, code=2)
 
 
+def test_plan_says_why_a_budget_is_exceeded_and_for_which_dtype(llama):
+    def notes(*arguments):
+        return " ".join(told("plan", llama, *arguments)["notes"])
+
+    assert "window and the sinks" in notes("--budget", "25%", "--context", "64")
+    assert "from 4,096 tokens on the budget holds" in notes("--budget", "25%", "--context", "64")
+    assert notes("--budget", "25%", "--context", "4096") == notes("--budget", "1MB", "--context", "64") == ""
+    assert notes("--context", "64") == ""
+    assert "tiers of their own" in notes("--budget", "25%", "--context", "8k", "-o", "layers=0=fp")
+    assert "mikv run, use float32" in notes("--dtype", "bfloat16")
+    assert "cache in bfloat16" in mikv("plan", llama, "--dtype", "bfloat16").stdout
+
+
 def test_plan_does_not_guess_the_weights_of_a_quantized_checkpoint(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(

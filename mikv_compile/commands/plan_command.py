@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
     from mikv_compile.forecast import Forecast
 
+_LOADED_DTYPE = "float32"
+"""What the commands that load a model use unless told."""
+
+_ROUNDED = 1.01
+"""How much more than a budget still meets it."""
+
 
 def command(
     model: Model,
@@ -43,7 +49,12 @@ def command(
         notes.append("the checkpoint is quantized, so its weights take other bytes than those of a dtype: not counted")
         for found in content.get("largest_context", {}).values():
             found.pop("with_weights", None)
-    content["notes"] = [*notes, *content["notes"]]
+    content["notes"] = [*notes, *content["notes"], *_over_budget(forecast, tokens)]
+    if content["dtype"] != _LOADED_DTYPE:
+        content["notes"].append(
+            f"planned for {content['dtype']}; the commands that load a model, such as mikv run, use {_LOADED_DTYPE} "
+            f"unless --dtype says so, for which --dtype {_LOADED_DTYPE} plans"
+        )
     common.print_json(content) if as_json else _show(content)
 
 
@@ -55,6 +66,26 @@ def _size(text: str) -> int:
         return parse_size(text)
     except OptionError as error:
         raise common.UsageError(f"--memory is {text!r}; expected a size such as 16GiB or 500MB") from error
+
+
+def _over_budget(forecast: "Forecast", context: int) -> list[str]:
+    """A note on why a fraction given as the budget does not hold for this context, if it does not."""
+    from mikv_compile.planner import BUDGET_LENGTH
+
+    budget = forecast.options.resolved("budget", None)
+    if not isinstance(budget, float | int):
+        return []
+
+    def share(tokens: int) -> float:
+        return forecast.nbytes(tokens) / forecast.dense_nbytes(tokens)
+
+    if share(context) <= _ROUNDED * budget:
+        return []
+    over = f"the cache takes {share(context):.1%}, which is more than the budget of {budget:.1%}: "
+    if context < BUDGET_LENGTH and share(BUDGET_LENGTH) <= _ROUNDED * budget:
+        why = "the window and the sinks weigh the same at any length"
+        return [f"{over}{why}; from {BUDGET_LENGTH:,} tokens on the budget holds"]
+    return [f"{over}some layers stay dense, keep only a short window, or have tiers of their own (see the table)"]
 
 
 def _dtype(config: Any, given: str | None) -> tuple["torch.dtype", list[str]]:
@@ -124,8 +155,8 @@ def _show(content: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"cache: {common.size(content['dense_nbytes'])} dense, {common.size(content['nbytes'])} compressed "
-        f"({content['ratio']:.1%})"
+        f"cache in {content['dtype']}: {common.size(content['dense_nbytes'])} dense, "
+        f"{common.size(content['nbytes'])} compressed ({content['ratio']:.1%})"
     )
     if content["weights_nbytes"] is not None:
         console.print(f"weights: {common.size(content['weights_nbytes'])} ({content['parameters']:,} parameters)")
