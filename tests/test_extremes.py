@@ -211,7 +211,7 @@ def test_buffers_beyond_what_32_bits_count(text):
 
 def test_triton_kernels_count_heads_in_64_bits():
     """What is multiplied by the size of a head has to be int64: heads x slots x channels go beyond 2**31."""
-    folder = Path(mikv_compile.__file__).parent / "kernels"
+    folder = Path(dispatch.__file__).parent
     seen = 0
     for file in sorted(folder.glob("triton_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
