@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -299,7 +300,9 @@ def test_failures_are_recorded_and_the_rest_goes_on(model, tmp_path, when):
     assert summary.status == 1 and summary.measured == 1 and len(summary.failed) == 1
     kept = {result.key.method: result for result in results.read_all(tmp_path)}
     assert kept["broken"].status == "failed" and "no such bits" in kept["broken"].error
-    assert "in open" in kept["broken"].facts["traceback"] or "_fail" in kept["broken"].facts["traceback"]
+    where = kept["broken"].facts["traceback"]
+    assert "in open" in where or "_fail" in where
+    assert "test_eval.py:" in where and str(Path(__file__).parent) not in where  # results are shared; folders are not
     assert "failed: ValueError: no such bits" in tables.markdown(list(kept.values()))
     again = measured(model, tmp_path, broken, DenseMethod())
     assert (again.measured, again.skipped, len(again.failed)) == (0, 1, 1)  # what failed is tried again

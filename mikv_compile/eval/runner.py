@@ -247,8 +247,10 @@ class _Runner:
 
     def _record_failure(self, key: Key, error: Exception, seconds: float) -> None:
         text = "".join(traceback.format_exception_only(error)).strip()
-        where = "".join(traceback.format_exception(error))[-4000:]
-        result = Result(key, FAILED, error=text, facts={"traceback": where}, seconds=seconds,
+        # Names of files without their folders: results are shared, and whose machine it was tells nobody anything.
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames]
+        result = Result(key, FAILED, error=text, facts={"traceback": "\n".join(where[-20:])}, seconds=seconds,
                         versions=results.versions())  # fmt: skip
         earlier = results.find(self.plan.out, key)
         if earlier is None or earlier.status != DONE:  # a failure does not replace a measurement
