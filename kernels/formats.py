@@ -31,6 +31,10 @@ FITS = ("", "clip", "unbiased", "gptq", "hqq", "lloyd")
 spaced (:mod:`quantize`)."""
 
 
+class CannotPackError(ValueError):
+    """A head dimension that a format cannot pack or group; another format may."""
+
+
 @dataclass(frozen=True)
 class SideFormat:
     """Keys or values of one tier.
@@ -73,14 +77,14 @@ class SideFormat:
         return head_dim if self.is_float else head_dim * self.bits // 8
 
     def check(self, head_dim: int) -> None:
-        """Raise ValueError if tokens of ``head_dim`` channels cannot be packed or grouped this way."""
+        """Raise CannotPackError if tokens of ``head_dim`` channels cannot be packed or grouped this way."""
         if self.is_float:
             return
         planes = {8: 1, 4: 2, 2: 4, 3: 8}[self.bits]
         if head_dim % planes:
-            raise ValueError(f"{self.bits}-bit codes need a head_dim that {planes} divides; it is {head_dim}")
+            raise CannotPackError(f"{self.bits}-bit codes need a head_dim that {planes} divides; it is {head_dim}")
         if head_dim % self.channels:
-            raise ValueError(f"scale groups of {self.channels} channels do not divide the head_dim {head_dim}")
+            raise CannotPackError(f"scale groups of {self.channels} channels do not divide the head_dim {head_dim}")
 
     def __str__(self) -> str:
         if self.is_float:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 

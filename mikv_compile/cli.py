@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -12,6 +13,8 @@ COMMANDS = ("explain", "plan", "run", "bench", "calibrate", "eval", "sweep", "co
 
 def main() -> None:
     """Entry point; says what to install when typer or rich is missing."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app = make_app()
     except ImportError as error:

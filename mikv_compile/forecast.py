@@ -15,6 +15,7 @@ import torch
 
 from mikv_compile.config import Options
 from mikv_compile.errors import MikvError
+from mikv_compile.kernels.formats import CannotPackError
 from mikv_compile.plan import CacheShape, LayerPlan
 from mikv_compile.planner import Planner
 
@@ -208,9 +209,7 @@ class Forecast:
             shape = self._shape(layer)
             try:
                 made.append((planner.layer(number, shape, sliding=layer.window is not None), None))
-            except ValueError as error:
-                if type(error) is not ValueError:  # an OptionError is one for the whole model
-                    raise
+            except CannotPackError as error:
                 made.append((None, str(error)))
         return made
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 import mikv_compile.kernels.ops  # noqa: F401  (declares torch.ops.mikv)
 from mikv_compile import _compat
 from mikv_compile.kernels import dispatch
-from mikv_compile.kernels.formats import BUFFERS_PER_TIER, Orders, buffer_names, buffer_shapes
+from mikv_compile.kernels.formats import BUFFERS_PER_TIER, CannotPackError, Orders, buffer_names, buffer_shapes
 from mikv_compile.passes import CacheUpdate, Declined, NewTokens, Operands, Site
 from mikv_compile.passes.node_utils import fake, known_equal
 from mikv_compile.plan import CacheShape, LayerPlan, check_counts_no_layers
@@ -111,9 +111,7 @@ def _plan(
     if plan is None:
         try:
             plan = planner.layer(layer, shape, sliding=site.key.keep is not None)
-        except ValueError as error:
-            if type(error) is not ValueError:
-                raise
+        except CannotPackError as error:
             raise _CannotServeError(f"{error}; give this layer other tiers with the option 'layers'") from error
         if plan.evicts and not site.born and site.key.capacity is None:
             raise _CannotServeError(

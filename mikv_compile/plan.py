@@ -393,7 +393,7 @@ def make(
 
     Raises:
         OptionError: for options that cannot work on any model.
-        ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
+        CannotPackError: if the head dimensions cannot be packed or grouped as the plan wants.
     """
     names = options.quantizers
     key_quantizer, value_quantizer = (QUANTIZERS[name] for name in names)

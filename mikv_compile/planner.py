@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mikv_compile.config import Options, parse_size
 from mikv_compile.errors import OptionError
-from mikv_compile.kernels.formats import buffer_shapes
+from mikv_compile.kernels.formats import CannotPackError, buffer_shapes
 from mikv_compile.plan import FIRST_STEP, GROWTH, CacheShape, LayerPlan, Tier, make, parse_layers, parse_tiers, pyramid
 
 BUDGET_LENGTH = 4096
@@ -50,7 +50,7 @@ class Planner:
                 nothing is evicted, as the window bounds the cache anyway.
 
         Raises:
-            ValueError: if the head dimensions cannot be packed or grouped as the plan wants.
+            CannotPackError: if the head dimensions cannot be packed or grouped as the plan wants.
         """
         options = self.options
         by_hand = parse_layers(options.layers).get(index)
@@ -108,7 +108,7 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     def slots(*names: str) -> tuple[float, ...]:
         """Bytes of a token in each of these tiers, and last those of a head that do not depend on the length.
 
-        Raises ValueError for a head dimension that cannot be packed so.
+        Raises CannotPackError for a head dimension that cannot be packed so.
         """
         plan = _plan(options, parse_tiers(",".join([f"{name}:0.1" for name in names[:-1]] + [names[-1]])), site)
         return *plan.slot_bytes, 4.0 * site.key_dim if plan.format.is_balanced else 0.0
@@ -116,9 +116,7 @@ def tiers_for_fraction(options: Options, site: CacheShape) -> tuple[Tier, ...]:
     for high, low in KEEPING:
         try:
             of_high, of_low, fixed = slots(high, low)
-        except OptionError:
-            raise
-        except ValueError:
+        except CannotPackError:
             continue
         share = (per_token - of_low) / (of_high - of_low)
         if share >= 1:
@@ -154,9 +152,7 @@ def _mixed(slots: Callable[..., tuple[float, ...]], per_token: float, always: in
     high, middle, low = MIXED
     try:
         of_high, of_middle, of_low, fixed = slots(*MIXED)
-    except OptionError:
-        raise
-    except ValueError:
+    except CannotPackError:
         return None
     if of_low >= of_middle:  # rounding up may make them equal, where heads are small
         return None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mikv_compile.errors import OptionError
+from mikv_compile.kernels.formats import CannotPackError
 
 if TYPE_CHECKING:
     from mikv_compile.config import Options
@@ -451,13 +452,13 @@ def _offers(
         return make(options, parse_tiers(tiers), shape.key_dim, shape.value_dim, dtype)
 
     for k, v, part in itertools.product(BITS, BITS, KEPT):
+        if not part and (k, v) != (8, 8):
+            continue  # window and sinks alone are stored at 8 bits
         try:
             text, kept = _text(plan_of, k, v, part)
             plan = plan_of(text)
-        except ValueError as error:
-            if isinstance(error, OptionError):
-                raise
-            continue  # head dimensions that cannot be packed so
+        except CannotPackError:
+            continue
         nbytes = plan.nbytes(BUDGET_LENGTH, 1, shape.kv_heads, shape.key_dim, shape.value_dim, dtype)
         found.append((text, k, v, kept, nbytes))
     return found

@@ -7,9 +7,9 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """What the subcommands share: arguments that several of them take, mistakes that are no bugs, and JSON."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +32,6 @@ class UsageError(Exception):
 @contextmanager
 def mistakes() -> Iterator[None]:
     """Turns errors whose message tells the user what to do into that message and exit status 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from mikv_compile.errors import MikvError
     from mikv_compile.eval.models import ModelError
     from mikv_compile.eval.texts import TextError
@@ -53,29 +50,21 @@ def mistakes() -> Iterator[None]:
 def backend_options(
     settings: Sequence[str] | None, preset: str | None, budget: str | None, **more: Any
 ) -> dict[str, Any]:
-    """Options of the backend, checked.
-
-    Args:
-        settings: ``KEY=VALUE`` each; they win over ``more``.
-        preset, budget: the options with these names.
-        more: other options.
+    """Options of the backend, checked; arguments as for :func:`mikv_compile.eval.command.backend_options`.
 
     Raises:
         UsageError: for a setting of another form.
         OptionError: for options that are unknown or impossible.
     """
-    from mikv_compile.config import Options
-    from mikv_compile.eval.command import parse_option
-    from mikv_compile.planner import Planner
+    from mikv_compile.errors import OptionError
+    from mikv_compile.eval import command
 
     try:
-        chosen = {**more, **dict(map(parse_option, settings or ()))}
+        return command.backend_options(settings or (), preset, budget, **more)
+    except OptionError:
+        raise
     except ValueError as error:
         raise UsageError(f"-o {error}") from error
-    chosen |= {} if preset is None else {"preset": preset}
-    chosen |= {} if budget is None else {"budget": budget}
-    Planner(Options.parse(chosen))
-    return chosen
 
 
 def torch_dtype(name: str) -> Any:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # loading a model shows bars of its own
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
@@ -47,10 +43,7 @@ def evaluate(
 ) -> int:
     """``mikv eval``: one setting of the backend beside the dense model. Returns the exit status."""
     try:
-        chosen: dict[str, Any] = {"lower": lower, **dict(map(parse_option, options))}
-        chosen |= {} if preset is None else {"preset": preset}
-        chosen |= {} if budget is None else {"budget": number_or_text(budget)}
-        suites.check_options(chosen)
+        chosen = backend_options(options, preset, budget, lower=lower)
         measured = make_tasks(tasks, settings)
         read = make_texts(names, text_dir)
         plan = make_plan(model, (DenseMethod(), MikvMethod(chosen)), measured, read, out, dtype, device, fresh)
@@ -191,6 +184,25 @@ def make_tasks(names: str, settings: Sequence[str]) -> tuple[Task, ...]:
             raise TaskError(f"--set {setting}: expected TASK.NAME=VALUE with a task of {', '.join(chosen)}")
         chosen[task][field] = value
     return tuple(make(name, changed) for name, changed in chosen.items())
+
+
+def backend_options(settings: Sequence[str], preset: str | None, budget: str | None, **more: Any) -> dict[str, Any]:
+    """Options of the backend from a command line, checked.
+
+    Args:
+        settings: ``NAME=VALUE`` each; they win over ``more``.
+        preset, budget: the options with these names; they win over ``settings``.
+        more: other options.
+
+    Raises:
+        ValueError: for a setting of another form.
+        mikv_compile.OptionError: for options that are unknown or impossible.
+    """
+    chosen: dict[str, Any] = {**more, **dict(map(parse_option, settings))}
+    chosen |= {} if preset is None else {"preset": preset}
+    chosen |= {} if budget is None else {"budget": number_or_text(budget)}
+    suites.check_options(chosen)
+    return chosen
 
 
 def parse_option(text: str) -> tuple[str, Any]:
