@@ -377,17 +377,17 @@ def summary_table(results: Sequence[Result], questions: int) -> Table:
     table.add_column("configuration", no_wrap=True)
     table.add_column("lowered with", no_wrap=True)
     numbers = (
-        "true MB",
-        "% of 16-bit",
-        "% of fp32",
-        "KL, reading on",
-        "KL, questions",
+        "true\nMB",
+        "% of\n16-bit",
+        "% of\nfp32",
+        "KL,\nreading\non",
+        "KL,\nquestions",
         "tokens/s",
-        "answers right",
-        "sites rewritten",
+        "answers\nright",
+        "sites\nrewritten",
     )
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)  # a cut number would be another one
     for r in results:
         table.add_row(
             r.name,
