@@ -24,15 +24,17 @@ fidelity: $(STAMPS)/bench
 	if [ -d .venv-peers ]; then .venv-peers/bin/mikv sweep benchmarks/peers/peers.toml --out $(FIDELITY); fi
 	if [ -d .venv-kvpress ]; then .venv-kvpress/bin/mikv sweep benchmarks/peers/kvpress.toml --out $(FIDELITY); fi
 	$(BIN)/mikv sweep needle --out $(FIDELITY)/needle
+	$(BIN)/mikv sweep ruler --out $(FIDELITY)/ruler
 	$(BIN)/mikv sweep mikv_paper --out $(FIDELITY)/mikv_paper
 	$(BIN)/mikv sweep tokens_precision --out $(FIDELITY)/tokens_precision
 
-# Only tables and pictures, from the results that are there.
+# Only tables and pictures, from the results that are there; also those of README.md and docs/fidelity.md.
 fidelity-report: $(STAMPS)/bench
-	for suite in fidelity needle mikv_paper tokens_precision; do \
+	for suite in fidelity needle ruler mikv_paper tokens_precision; do \
 	  folder=$(FIDELITY)/$$suite; [ $$suite = fidelity ] && folder=$(FIDELITY); \
-	  $(BIN)/mikv sweep $$suite --out $$folder --report; \
+	  $(BIN)/mikv sweep $$suite --out $$folder --report || exit; \
 	done
+	$(BIN)/python docs/fidelity_tables.py
 
 # Environments of their own for what the evaluation compares with: .venv-peers and .venv-kvpress.
 peers:

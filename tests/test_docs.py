@@ -434,6 +434,12 @@ def test_options_page_is_that_of_the_dataclass():
         )
 
 
+def test_tables_of_measurements_are_those_of_the_results():
+    tables = load("docs/fidelity_tables.py")
+    for page, made in tables.PAGES.items():
+        assert read(page) == tables.fill(read(page), made), "run `python docs/fidelity_tables.py`"
+
+
 def readme_options() -> dict[str, list[str]]:
     """Option -> the cells behind it in README's table."""
     found = {}
