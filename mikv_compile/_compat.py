@@ -88,6 +88,15 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
+def check_tensors_of_modules() -> None:
+    """Let Dynamo look at a module's tensors before every call, for graphs that are compiled from now on.
+
+    Otherwise releases such as 2.11 skip them while the module's dict holds the same objects. They would call a graph of
+    dense tensors with one whose class has changed since, and Inductor's code would read memory that is gone.
+    """
+    torch.compiler.config.skip_tensor_guards_with_matching_dict_tags = False
+
+
 def make_wrapper(
     cls: type[torch.Tensor], shape: Any, dtype: torch.dtype, device: torch.device, strides: Any = None
 ) -> Any:
