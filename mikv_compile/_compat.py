@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -343,6 +345,19 @@ def sized_fake(
         return made
     with fake_mode.shape_env.ignore_fresh_unbacked_symbols():
         return FakeTensor(fake_mode, _meta_of(made), device)
+
+
+@contextlib.contextmanager
+def on_fakes(fake_mode: Any) -> Iterator[None]:
+    """Run operations on fake tensors as Dynamo does.
+
+    Without the Python dispatcher, composite operations run in C++, which may ask for sizes as numbers: in torch 2.11
+    ``matmul`` makes constants of symbolic sizes.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with fake_mode, enable_python_dispatcher():
+        yield
 
 
 def _meta_of(fake: Any) -> torch.Tensor:
