@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,6 +88,15 @@ no_torch_function = torch._C._disabled_torch_function_impl
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let Dynamo trace this dimension as a symbol from the first time on."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def check_tensors_of_modules() -> None:
+    """Let Dynamo look at a module's tensors before every call, for graphs that are compiled from now on.
+
+    Otherwise releases such as 2.11 skip them while the module's dict holds the same objects. They would call a graph of
+    dense tensors with one whose class has changed since, and Inductor's code would read memory that is gone.
+    """
+    torch.compiler.config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def make_wrapper(
@@ -334,6 +345,19 @@ def sized_fake(
         return made
     with fake_mode.shape_env.ignore_fresh_unbacked_symbols():
         return FakeTensor(fake_mode, _meta_of(made), device)
+
+
+@contextlib.contextmanager
+def on_fakes(fake_mode: Any) -> Iterator[None]:
+    """Run operations on fake tensors as Dynamo does.
+
+    Without the Python dispatcher, composite operations run in C++, which may ask for sizes as numbers: in torch 2.11
+    ``matmul`` makes constants of symbolic sizes.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with fake_mode, enable_python_dispatcher():
+        yield
 
 
 def _meta_of(fake: Any) -> torch.Tensor:

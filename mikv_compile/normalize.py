@@ -296,7 +296,7 @@ class _Run(Interpreter):
         self._mode = mode
 
     def run_node(self, n: Node) -> Any:
-        with self._mode:
+        with _compat.on_fakes(self._mode):
             value = super().run_node(n)
         for name in ("val", "tensor_meta", "example_value"):
             n.meta.pop(name, None)

@@ -25,6 +25,8 @@ from mikv_compile.store import LayerStore, Role, from_layout, shape_in
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+_compat.check_tensors_of_modules()  # a graph must not outlive the class of a tensor that it was compiled for
+
 
 class Follower(Protocol):
     """A handle of a preallocated cache, of either class."""
