@@ -446,6 +446,10 @@ class LayerStore:
 
         handles[key] = weakref.ref(handle, forget)
 
+    def forget(self, handle: torch.Tensor) -> None:
+        """The opposite of :meth:`register`, for an object that lives on as something else."""
+        self._handles.pop(id(handle), None)
+
     def _others(self, mine: Collection[int] = ()) -> list[KVTensor | PreallocatedKV]:
         """Living handles that show a fixed range of tokens, except those with these ids."""
         alive = [(key, reference()) for key, reference in list(self._handles.items())]
@@ -485,7 +489,7 @@ class LayerStore:
     def followed_by(self, made: LayerStore) -> LayerStore:
         """Let this store's preallocated handles show another one, which is returned."""
         for handle in self._followers():
-            self._handles.pop(id(handle), None)
+            self.forget(handle)
             handle.store = made
             made.register(handle)
         return made
