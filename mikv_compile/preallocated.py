@@ -636,13 +636,19 @@ def take_over(tensor: torch.Tensor, store: LayerStore, role: Role, layout: str =
 def give_back(tensor: torch.Tensor) -> None:
     """Turn a taken-over tensor into the dense one that it stands for, in place, and leave it dense from now on."""
     if isinstance(tensor, PreallocatedKV):
-        dense = padded(tensor)
-        for name in ("store", "role", "kv_layout"):
-            tensor.__dict__.pop(name, None)
+        store, dense = tensor.store, padded(tensor)
+        offset, strides = tensor.storage_offset(), tensor.stride()
+        last = offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+        storage = tensor.untyped_storage()
+        storage.resize_((last + 1) * dense.itemsize if dense.numel() else 0)
+        # By a plain tensor in the same memory: this one is a handle until its memory holds the values, so that an
+        # interrupt leaves either a whole handle or a dense tensor.
+        plain = torch.empty(0, dtype=dense.dtype, device=dense.device)
+        plain.set_(storage, offset, tensor.shape, strides).copy_(dense)
         tensor.__class__ = torch.Tensor  # type: ignore[assignment]
-        tensor.untyped_storage().resize_(dense.untyped_storage().nbytes())
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(dense)
+        store.forget(tensor)
+        for name in ("_store", "role", "kv_layout"):
+            tensor.__dict__.pop(name, None)
     tensor._mikv_stays_dense = True  # type: ignore[attr-defined]
 
 

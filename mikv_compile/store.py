@@ -446,6 +446,10 @@ class LayerStore:
 
         handles[key] = weakref.ref(handle, forget)
 
+    def forget(self, handle: torch.Tensor) -> None:
+        """The opposite of :meth:`register`, for an object that lives on as something else."""
+        self._handles.pop(id(handle), None)
+
     def _others(self, mine: Collection[int] = ()) -> list[KVTensor | PreallocatedKV]:
         """Living handles that show a fixed range of tokens, except those with these ids."""
         alive = [(key, reference()) for key, reference in list(self._handles.items())]
@@ -485,7 +489,7 @@ class LayerStore:
     def followed_by(self, made: LayerStore) -> LayerStore:
         """Let this store's preallocated handles show another one, which is returned."""
         for handle in self._followers():
-            self._handles.pop(id(handle), None)
+            self.forget(handle)
             handle.store = made
             made.register(handle)
         return made
@@ -733,7 +737,7 @@ class LayerStore:
         """Crop into tokens that tiers hold unevenly: read what is left and compress it again.
 
         Where tokens were evicted, heads may be left with different numbers of tokens; each keeps as many as the head
-        that has fewest, dropping the lowest tier's oldest.
+        that has fewest, dropping the lowest tier's oldest, and sinks and window last.
         """
         s = self.site
         keys, values, places, ranks, scores = [], [], [], [], []
@@ -750,13 +754,14 @@ class LayerStore:
         position, rank = torch.cat(places, 2), torch.cat(ranks, 2)
         alive = position < length
         kept = int(alive.sum(dim=2).min())
-        # Order by (alive, tier, position), best last: the first `total - kept` are dropped or the surplus.
-        worth = (alive.long() * (len(self.counts) + 1) + rank * alive.long()) * (self.length + 1) + position
+        held = (position < self.plan.sinks) | (position >= self.plan.recent_from(length))
+        # Order by (alive, held, tier, position), best last: the first `total - kept` are dropped or the surplus.
+        worth = alive.long() * rank.masked_fill(held, len(self.counts) + 1) * (self.length + 1) + position
         order = worth.argsort(dim=2)[:, :, worth.shape[2] - kept :]
         order = order.gather(2, position.gather(2, order).argsort(dim=2))
         k = k.gather(2, order[..., None].expand(-1, -1, -1, s.key_dim))
         v = v.gather(2, order[..., None].expand(-1, -1, -1, s.value_dim))
-        position, rank = position.gather(2, order), rank.gather(2, order)
+        position, rank, held = (x.gather(2, order) for x in (position, rank, held))
         kept_scores = torch.cat(scores, 2).gather(2, order)
 
         orders = self.plan.fill(length, kept)
@@ -766,7 +771,6 @@ class LayerStore:
         stored = StoreBuffers.from_list(buffers)
         if balancer is not None:
             stored.balancer.copy_(balancer)
-        held = (position < self.plan.sinks) | (position >= self.plan.recent_from(length))
         score = rank.float().masked_fill(held, float("inf"))
         by_score = score.argsort(dim=2, stable=True)
         stop = kept

@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import threading
 
 import interrupts
 import pytest
 import torch
 from decoder import Decoder, inputs, run
-from test_preallocated import D, H, Prefix
+from test_preallocated import B, C, D, H, Prefix, fill, new_store, pair
 
 from mikv_compile import UnusableCacheError
 from mikv_compile.kernels import dispatch
+from mikv_compile.preallocated import PreallocatedKV, give_back, take_over
 
 SMALL = {"quantizer": "mikv", "window": 4, "sinks": 2}
 THREE = {**SMALL, "tiers": "int8:0.1,int4:0.3,int2", "flush_every": 8}
@@ -195,6 +197,65 @@ def test_preallocated_caches(name):
     check(case, name, (interrupts.Kernels(at, RuntimeError) for at in range(moments)), RuntimeError)
     lines = case.moments(interrupts.Lines())
     check(case, name, map(interrupts.Lines, range(7, lines, lines // 12)), KeyboardInterrupt)
+
+
+def interrupted(function, injection):
+    """Call it in a thread of its own, which takes torch's flags with it.
+
+    A tracer can strike between the last line of a ``with`` and its end, so that a flag stays set; a signal cannot.
+    """
+
+    def call():
+        with contextlib.suppress(KeyboardInterrupt), injection:
+            function()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def interrupted_everywhere(work):
+    """What ``work(injection)`` returns, with an interrupt at each line that it runs."""
+    counting = interrupts.Lines()
+    work(counting)
+    assert counting.count > 5
+    return {work(interrupts.Lines(at)) for at in range(counting.count)}
+
+
+def has_memory(tensor):
+    return tensor.untyped_storage().nbytes() == B * H * C * D * 4
+
+
+def test_a_tensor_that_is_being_taken_over_is_dense_or_a_whole_handle():
+    def work(injection):
+        tensor, store = torch.ones(B, H, C, D), new_store()
+        interrupted(lambda: take_over(tensor, store, "key"), injection)
+        whole = isinstance(tensor, PreallocatedKV)
+        assert whole or has_memory(tensor)
+        assert torch.equal(tensor + 0, torch.full((B, H, C, D), 0.0 if whole else 1.0))
+        if whole:
+            assert tensor.store is store and (tensor.role, tensor.kv_layout) == ("key", "BHTD")
+        return whole
+
+    assert interrupted_everywhere(work) == {False, True}
+
+
+def test_a_tensor_that_is_being_given_back_is_dense_or_a_whole_handle():
+    torch.manual_seed(0)
+
+    def work(injection):
+        caches = pair()
+        tokens = fill(caches)
+        interrupted(lambda: give_back(caches[0]), injection)
+        whole = isinstance(caches[0], PreallocatedKV)
+        assert whole or has_memory(caches[0])
+        assert torch.equal((caches[0] + 0)[:, :, :5], tokens[0]) and not (caches[0] + 0)[:, :, 5:].any()
+        if whole:  # goes on as one
+            (key, _) = fill(caches, 1, first=5)
+            assert torch.equal((caches[0] + 0)[:, :, 5:6], key)
+        return whole
+
+    assert interrupted_everywhere(work) == {False, True}
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Generating for a long time in a plan of fixed size takes no more memory, of tensors or of Python."""
 
 import gc
+import sys
 
 import pytest
 import torch
+from decoder import Decoder, inputs, run
 
 from mikv_compile.config import Options
 from mikv_compile.handle import KVTensor
@@ -49,6 +51,25 @@ def steps(name, count):
 @pytest.mark.parametrize("name", PLANS)
 def test_memory_stays_flat(name):
     steps(name, 1500)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PLANS)
+def test_steps_of_a_compiled_model_leave_nothing_behind(name):
+    """No list or table of the graph or of its kernels has an entry per step: not even a number is kept of one."""
+    model = Decoder(layers=1)
+    fast = torch.compile(model, backend="mikv", options={"lower": "eager", **PLANS[name]})
+    cache, (x,) = model.new_cache(), inputs([1])
+    run(fast, cache, inputs([200]))
+    blocks, sizes = [], set()
+    for step in range(600):
+        fast(x, cache)
+        if step in (199, 399, 599):
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+            sizes.add(cache.keys[0].store.nbytes)
+    assert len(sizes) == 1
+    assert blocks[2] - blocks[1] < 100, blocks
 
 
 @pytest.mark.slow

@@ -37,6 +37,17 @@ def test_true_bytes_are_those_of_the_budget(shape, length):
         )
 
 
+@pytest.mark.parametrize("quantizer", ["mikv", "flexgen", "rotate", "hqq"])
+@pytest.mark.parametrize("name", ["llama-8b", "smollm2-135m"])
+def test_budgets_hold_for_other_quantizers(quantizer, name):
+    shape = SHAPES[name]
+    sizes = (shape.batch, shape.kv_heads, shape.key_dim, shape.value_dim, shape.dtype)
+    for budget in BUDGETS:
+        plan = Planner(Options(budget=budget, quantizer=quantizer)).layer(0, shape)
+        spent = plan.nbytes(4096, *sizes) / shape.dense_nbytes(4096) / budget
+        assert 0.97 <= spent <= 1.005, (budget, str(plan.format))
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_no_token_is_dropped_where_3_bit_keys_and_2_bit_values_fit(shape):
     """What nobody has asked for yet is lost by eviction, at a budget that would hold it (docs/fidelity.md)."""

@@ -1,7 +1,9 @@
 """Preallocated caches that were taken over: what eager code and Dynamo see, and what is refused."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mikv_compile import EvictedTokensError, KVTensor, MikvError, graph_reports
 from mikv_compile.config import Options
 from mikv_compile.plan import CacheShape
 from mikv_compile.planner import Planner
-from mikv_compile.preallocated import PreallocatedKV, make_preallocated, take_over
+from mikv_compile.preallocated import PreallocatedKV, give_back, make_preallocated, take_over
 from mikv_compile.store import LayerStore, shape_in
 
 B, H, C, D = 2, 2, 24, 8
@@ -202,6 +204,26 @@ def test_copies_are_independent():
     assert rows[0].store is rows[1].store and torch.equal(rows[0][:, :, :5], tokens[0][[1, 1, 0]])
     assert key.to("meta").is_meta and key.to(torch.float64).dtype == torch.float64
     assert key.to("cpu") is key and copy.copy(key).store is key.store
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_a_cache_that_is_dense_again_lets_go_of_its_store(gap):
+    """Its memory would be taken twice; and others that show the store go on without it."""
+    store = new_store()
+    caches = [torch.ones(B, H, gap + C, D)[:, :, gap:].data for _ in range(2)]  # with a gap: a part of larger memory
+    for cache, role in zip(caches, ("key", "value"), strict=True):
+        take_over(cache, store, role)
+    tokens = fill(caches)
+    others = [copy.copy(cache) for cache in caches]
+    store, reference = None, weakref.ref(store)
+    for cache, want in zip(caches, tokens, strict=True):
+        give_back(cache)
+        assert type(cache) is torch.Tensor and torch.equal(cache[:, :, :5], want) and not cache[:, :, 5:].any()
+    fill(others, 2, first=5)
+    assert others[0].store.length == 7 and not caches[0][:, :, 5:].any()
+    del others
+    gc.collect()
+    assert reference() is None
 
 
 def test_a_module_with_it_as_a_buffer():

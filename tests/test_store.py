@@ -11,6 +11,7 @@ import mikv_compile
 from mikv_compile import EvictedTokensError, KVTensor, MikvError, UnusableCacheError, cache_report
 from mikv_compile.config import Options
 from mikv_compile.kernels import dispatch
+from mikv_compile.kernels.store_ops import compress
 from mikv_compile.plan import CacheShape
 from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
@@ -177,6 +178,15 @@ def test_crop_then_go_on(name, length):
     assert torch.equal(positions.sort(dim=2).values, torch.arange(length + 6).expand_as(positions).int())
 
 
+def test_a_crop_keeps_the_first_tokens_in_whatever_slots_they_lie():
+    store, tokens = new_store(budget=1.0), torch.randn(2, 2, 20, 16)
+    store.append(tokens, tokens)
+    for buffer in store.buffers:  # slots of tier 0 are in no order once tokens have left it
+        buffer[:, :, :20] = buffer[:, :, :20].flip(2)
+    store.crop(12)
+    assert store.counts == (12,) and torch.equal(store.dequantize("key"), tokens[:, :, :12])
+
+
 def test_crop_of_an_evicting_plan():
     _, fast, cache, _ = filled(options={"tiers": "fp:0.3", "window": 4, "sinks": 2})
     store = cache.keys[0].store
@@ -188,6 +198,48 @@ def test_crop_of_an_evicting_plan():
     assert all(o.isfinite().all() for o in out) and store.length == 62
     positions = store.typed().tiers[0].positions[:, :, : store.counts[0]]
     assert int(positions.max()) == 61 and len(positions[0, 0].unique()) == store.counts[0]
+
+
+def test_crops_of_an_evicting_plan_keep_sinks_and_the_newest_of_each_head():
+    """Heads have lost different tokens, and where one has more left than another, it drops the least important."""
+    torch.manual_seed(0)
+    store = new_store(tiers="fp:0.3", window=4, sinks=2)
+    k, scores = torch.randn(2, 2, 150, 16), torch.rand(2, 2, 150)
+    orders = store.prepare(150, fresh=True)
+    compress(k, k, k, scores, store.typed(), store.plan.format, orders)
+    store.commit(orders, 150)
+    for length in (100, 98, 97, 60, 57):
+        before = store.typed().tiers[0].positions[:, :, : store.counts[0]].clone()
+        store.crop(length)
+        stored = store.typed().tiers[0]
+        positions = stored.positions[:, :, : store.counts[0]].long()
+        assert torch.equal(positions.amax(2), before.masked_fill(before >= length, -1).amax(2))
+        assert torch.equal(positions.sort(2).values[:, :, :2], torch.tensor([0, 1]).expand(2, 2, 2))
+        index = positions[..., None].expand(-1, -1, -1, 16)
+        assert torch.equal(stored.key.codes[:, :, : store.counts[0]], k.gather(2, index))
+        assert torch.equal(store.typed().scores[:, :, : store.counts[0]], scores.gather(2, positions))
+
+
+def test_after_a_crop_generated_tokens_take_the_place_of_the_oldest():
+    torch.manual_seed(0)
+    store = new_store(tiers="int8:8,int4:64", window=8, sinks=2, quantizer="mikv", flush_every=8)
+    k = torch.randn(2, 2, 150, 16)
+    orders = store.prepare(150, fresh=True)
+    compress(25 * k, k, k, torch.rand(2, 2, 150), store.typed(), store.plan.format, orders)
+    store.commit(orders, 150)
+    balancer = store.typed().balancer.clone()
+
+    def low():
+        return [set(head.tolist()) for head in store.typed().tiers[1].positions[:, :, : store.counts[1]].flatten(0, 1)]
+
+    store.crop(100)
+    assert torch.equal(store.typed().balancer, balancer) and balancer.mean() > 4
+    before = low()
+    for _ in range(56):
+        store.append(k[:, :, :1], k[:, :, :1])
+    for had, has in zip(before, low(), strict=True):
+        lost = had - has
+        assert len(lost) > 4 and lost == set(sorted(had)[: len(lost)])
 
 
 def test_to_another_device_and_back_keeps_the_codes():
