@@ -44,7 +44,8 @@ def steps(name, count):
     after = objects()
     assert store.length == 200 + count and store.evicted == store.length - sum(store.counts)
     assert len(seen) == 1, seen
-    assert after[1] == before[1] and after[0] - before[0] < 50
+    # Fewer: what earlier tests have left may be collected late.
+    assert after[1] <= before[1] and after[0] - before[0] < 50
     assert all(t.positions.min() >= 0 and t.positions.max() < store.length for t in store.typed().tiers)
 
 
