@@ -24,7 +24,13 @@ GOALS = {24: (0.0065, 0.84, 0.004), 16: (0.020, 0.78, 0.010), 12: (0.020, 0.70, 
 OTHER_TEXTS = 1.5
 """How many times the goal's KL another text may have, so that nothing is tuned to one."""
 
-PRESETS = {"mikv": "mikv (default preset)", "int4": "int4 (preset)", "mikv-paper": "mikv-paper (preset)"}
+SHOWN = {
+    "mikv": "mikv (default preset)",
+    "int4": "int4 (preset)",
+    "mikv-paper": "mikv-paper (preset)",
+    "mikv tiers=int8:0.01,k4v2:0.9899-173 value_norm=True": "2 % evicted, 4-bit keys",
+}
+"""Methods that the tables call otherwise."""
 IN_README = {
     "dense": "dense",
     "quanto int4": "transformers' QuantizedCache, quanto int4",
@@ -65,13 +71,17 @@ PRUNED = (
 
 @cache
 def _measured(suite: str) -> dict[tuple[str, str, str], Result]:
-    """Results of a suite by method, task and text."""
-    folder = RESULTS if suite == "fidelity" else RESULTS / suite
-    return {
-        (found.key.method, found.key.task, found.key.text): found
-        for found in results.read_all(folder)
-        if found.status == results.DONE
-    }
+    """Results of a suite by method, task and text.
+
+    Raises:
+        ValueError: for two results of one name; the older one has other settings and has to be deleted.
+    """
+    measured: dict[tuple[str, str, str], Result] = {}
+    for found in results.read_all(RESULTS if suite == "fidelity" else RESULTS / suite):
+        name = found.key.method, found.key.task, found.key.text
+        if found.status == results.DONE and measured.setdefault(name, found) is not found:
+            raise ValueError(f"{measured[name].key.path} and {found.key.path} are of one name: delete the older one")
+    return measured
 
 
 def number(suite: str, method: str, task: str, text: str, metric: str) -> float:
@@ -122,9 +132,12 @@ def methods() -> str:
         has_lines = (name, "retrieval", KJV) in measured
         lines = [_percent(_size(name, "retrieval", KJV), 1), _percent(_digits(name))] if has_lines else ["-", "fails"]
         numbers = [f"{value:.4f}" for value in (*kl, sum(kl) / len(kl))]
-        rows.append([PRESETS.get(name, name), _percent(_size(name), 1), *numbers, *lines])
+        later = number("fidelity", name, "continuation", PYDOC, "cache_at_end.ratio_16bit")
+        rows.append([SHOWN.get(name, name), _percent(_size(name), 1), _percent(later, 1), *numbers, *lines])
     kl_of = [f"KL, {text}" for text in TEXTS.values()]
-    return _table(["method", "% of 16-bit, texts", *kl_of, "KL, mean", "% of 16-bit, lines", "digits"], rows)
+    return _table(
+        ["method", "% of 16-bit, texts", "512 tokens later", *kl_of, "KL, mean", "% of 16-bit, lines", "digits"], rows
+    )
 
 
 def goals() -> str:
@@ -181,7 +194,7 @@ def drift() -> str:
         )
         other = ["-" if equal == 1 else f"{place + 1:.0f}" for place, equal in zip(first, same, strict=True)]
         means = [_percent(statistics.mean(same)), f"{statistics.mean(kl):.4f}"]
-        rows.append([shown, _percent(size[0], 1), *other, *means])
+        rows.append([shown, _percent(statistics.mean(size), 1), *other, *means])
     first_in = [f"first other token, {TEXTS[text]}" for text in DRIFT_TEXTS]
     return _table(["cache", "% of 16-bit, drift", *first_in, "same tokens", "KL"], rows)
 
@@ -189,7 +202,7 @@ def drift() -> str:
 def _shown(suite: str) -> dict[str, str]:
     """Methods of a suite, as the tables call them: dense first, then by size."""
     sizes = {name: found.metrics["cache"]["ratio_16bit"] for (name, _, _), found in _measured(suite).items()}
-    return {name: PRESETS.get(name, name) for name in sorted(sizes, key=lambda name: (name != "dense", -sizes[name]))}
+    return {name: SHOWN.get(name, name) for name in sorted(sizes, key=lambda name: (name != "dense", -sizes[name]))}
 
 
 def _by_method(suite: str, columns: dict[str, tuple[str, str, str, int]]) -> str:
@@ -243,8 +256,12 @@ def fill(text: str, tables: Iterable[Callable[[], str]]) -> str:
     """
     for table in tables:
         made = table()
-        start = text.index(made.partition("\n")[0])
-        text = text[:start] + made + text[text.index("\n\n", start) :]
+        heading = made.partition("\n")[0]
+        before, found, behind = text.partition(heading)
+        if not found:
+            raise ValueError(f"the page has no table that begins with {heading}")
+        _, end, rest = behind.partition("\n\n")
+        text = before + made + (end or "\n") + rest
     return text
 
 

@@ -55,6 +55,11 @@ class LayerShape:
     value_dim: int
     evicts: bool = True
 
+    def __post_init__(self) -> None:
+        sizes = (self.kv_heads, self.key_dim, self.value_dim)
+        if not all(type(size) is int and size > 0 for size in sizes) or type(self.evicts) is not bool:
+            raise OptionError(f"{self} is no shape of a layer: sizes are whole numbers above 0, evicts true or false")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -107,7 +112,10 @@ class Calibration:
             raise OptionError("a calibration needs layers and their damage")
         if not _is_number(self.budget) or not 0 < self.budget <= 1:
             raise OptionError(f"the budget of a calibration is {self.budget!r}; expected a fraction above 0, at most 1")
-        if set(self.weights) != set(self.damage) or not all(_is_number(w) and w >= 0 for w in self.weights.values()):
+        if not isinstance(self.options, Mapping):
+            raise OptionError(f"the options of a calibration are {self.options!r}; expected names and values")
+        weights = self.weights.values()
+        if set(self.weights) != set(self.damage) or not all(_is_number(w) and 0 <= w < math.inf for w in weights):
             raise OptionError(
                 f"weights are {dict(self.weights)}; each of {', '.join(self.damage)} needs one, from 0 on"
             )

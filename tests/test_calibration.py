@@ -325,6 +325,12 @@ def test_round_trip(tmp_path):
         (lambda c: c.update(weights={"text": -1}), "at least 0|from 0 on"),
         (lambda c: c.update(budget=2), "budget of a calibration is 2"),
         (lambda c: c["layers"][0].update(kv_head=1), "damaged: .*kv_head"),
+        (lambda c: c["layers"][0].update(kv_heads="three"), "is no shape of a layer"),
+        (lambda c: c["layers"][0].update(kv_heads=0), "is no shape of a layer"),
+        (lambda c: c["layers"][1].update(key_dim=-64), "is no shape of a layer"),
+        (lambda c: c["layers"][1].update(evicts="no"), "is no shape of a layer"),
+        (lambda c: c.update(options=[1]), "the options of a calibration are"),
+        (lambda c: c.update(weights={"text": math.inf}), "from 0 on"),
     ],
 )
 def test_tampered_files(tmp_path, change, message):

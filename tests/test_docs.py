@@ -31,6 +31,7 @@ from decoder import Decoder, inputs, run  # noqa: E402
 import mikv_compile  # noqa: E402
 from mikv_compile import Options, _compat  # noqa: E402
 from mikv_compile.config import PRESETS  # noqa: E402
+from mikv_compile.eval import results  # noqa: E402
 from mikv_compile.policies import POLICIES, Policy  # noqa: E402
 from mikv_compile.quantizers import QUANTIZERS, Quantizer  # noqa: E402
 
@@ -438,6 +439,19 @@ def test_tables_of_measurements_are_those_of_the_results():
     tables = load("docs/fidelity_tables.py")
     for page, made in tables.PAGES.items():
         assert read(page) == tables.fill(read(page), made), "run `python docs/fidelity_tables.py`"
+    with pytest.raises(ValueError, match="the page has no table that begins with | cache |"):
+        tables.fill("a page", [tables.needles])
+
+
+def test_two_results_of_one_name_are_refused(tmp_path):
+    tables = load("docs/fidelity_tables.py")
+    tables.RESULTS = tmp_path
+    for context in (512, 1024):
+        settings = {"context": context}
+        key = results.Key("smollm2 float32", "needle", settings, tables.KJV, "dense", "dense", {})
+        results.write(tmp_path / "needle", results.Result(key, results.DONE, {"digits": 1.0}))
+    with pytest.raises(ValueError, match="are of one name: delete the older one"):
+        tables.needles()
 
 
 def readme_options() -> dict[str, list[str]]:

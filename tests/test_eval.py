@@ -550,6 +550,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
         (["eval", "tiny", "--device", "meta"], "device is 'meta'"),
         (["eval", "tiny", "--device", "cuda:99"], "device is 'cuda:99', but torch finds"),
         (["eval", "tiny", "--out", str(tmp_path / "file")], "is a file; give a folder"),
+        (["eval", "tiny", "--out", "/proc/none"], "where nothing can be written"),
         (["eval", "tiny", "--out", str(tmp_path / "file" / "deeper")], "is a file; give a folder"),
         (["sweep", suite], "there is no plan file 'nofile.json'"),
         (["sweep", suite, "--device", "foo"], "device is 'foo'"),

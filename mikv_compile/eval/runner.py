@@ -259,8 +259,3 @@ class _Runner:
         self.summary.results.append(result)
         self.progress.line(f"failed: {key}: {text}")
         self.progress.done()
-
-
-def select(summary: Summary, status: str = DONE) -> Sequence[Result]:
-    """The results of a status."""
-    return [result for result in summary.results if result.status == status]
