@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import tiny_models
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 
 import mikv_compile
@@ -126,6 +127,14 @@ def test_a_layer_that_stays_exact_has_no_damage():
     assert {key.store.length for cache in (exact, again, coarse) for key, _ in calibration._handles(cache)} == {60}
 
 
+def test_damage_is_what_the_exact_caches_predictions_lose():
+    torch.manual_seed(0)
+    want, got = torch.randn(2, 5, 7).log_softmax(-1)
+    there, back = (F.kl_div(a, b, log_target=True, reduction="batchmean").item() for a, b in ((got, want), (want, got)))
+    found = calibration._divergence(want, got, Sample(torch.zeros(1, 9), 4))
+    assert found == pytest.approx(there, rel=1e-5) != pytest.approx(back, rel=1e-2)
+
+
 def test_only_counted_positions_count():
     ids = tiny_models.prompt(tokens=100)
     bench = calibration._Bench(tiny_models.build("llama"), {})
@@ -181,10 +190,11 @@ def test_a_layer_that_stays_dense_is_named():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.floats(0.06, 1), st.floats(0.06, 1),
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=6), *[st.floats(0.06, 1, exclude_max=True)] * 2,
     st.sampled_from([torch.float16, torch.float32]),
 )  # fmt: skip
 def test_budgets_are_kept_and_more_is_never_worse(scales, one, other, dtype):
+    """Below 1, with which everything stays as it is and positions come on top."""
     found = table(scales)
     damages = []
     for budget in sorted((one, other)):
@@ -238,6 +248,16 @@ def test_full_budget_keeps_everything():
 def test_a_budget_below_the_least():
     with pytest.raises(OptionError, match=r"budget=0.005 is below the least .* 0\.0\d\d; raise it"):
         table([1, 1]).tiers(0.005)
+
+
+def test_bits_that_cannot_be_packed_are_not_offered():
+    """A head of 100 channels has no whole bytes of 3 bits."""
+
+    def chosen(dim):
+        found = table([1, 0.2], LayerShape(4, dim, dim))
+        return " ".join(text for budget in (0.15, 0.2, 0.25, 0.3) for text in found.tiers(budget))
+
+    assert re.search("[kv]3", chosen(64)) and not re.search("[kv]3", chosen(100))
 
 
 def test_a_sliding_layer_evicts_nothing():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,6 +33,7 @@ from mikv_compile.eval import (  # noqa: E402
     tables,
     texts,
 )
+from mikv_compile.eval.continuation import Continuation, ContinuationExercise  # noqa: E402
 from mikv_compile.eval.methods import CacheSize, Session  # noqa: E402
 from mikv_compile.eval.mikv_method import NotCompressedError  # noqa: E402
 from mikv_compile.eval.retrieval import Retrieval  # noqa: E402
@@ -129,6 +131,44 @@ def test_kl_is_that_of_the_dequantized_cache(model):
     assert kl > 1e-4 and measured["kl"] == pytest.approx(kl, rel=1e-3)
 
 
+class Saying:
+    """A session whose model predicts what it was told to, [tokens, vocabulary], whatever it reads."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def prefill(self, input_ids):
+        return [0], self.logits[0]
+
+    def fork(self, cache):
+        return list(cache)
+
+    def forward(self, input_ids, cache):
+        first = cache[0]
+        cache[0] += input_ids.shape[1]
+        return self.logits[first : cache[0]]
+
+    def size(self, cache):
+        return CacheSize(1, 1, 1, 1)
+
+
+def test_numbers_of_a_continuation_follow_from_what_both_models_predict():
+    torch.manual_seed(0)
+    want = torch.randn(5, 6).log_softmax(-1)
+    got = (want + torch.randn(5, 6)).log_softmax(-1)
+    ids, following = [1, 2, 3, 0, 4, 2, 5, 1, 3], torch.tensor([4, 2, 5, 1, 3])
+    exercise = ContinuationExercise(Continuation(context=3, tokens=5, chunk=2), ids)
+    found = exercise.run(Saying(got), {"log_probs": want}, lambda: None)
+    kl = F.kl_div(got, want, log_target=True, reduction="none").sum(-1)
+    other_way = F.kl_div(want, got, log_target=True, reduction="none").sum(-1)
+    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-5) != pytest.approx(other_way.mean().item(), rel=1e-2)
+    assert found["kl_by_chunk"] == pytest.approx([part.mean().item() for part in kl.split(2)], rel=1e-5)
+    same = (want.argmax(-1) == got.argmax(-1)).float()
+    assert found["top1"] == pytest.approx(same.mean().item()) and 0 < found["top1"] < 1
+    assert found["perplexity"] == pytest.approx(F.nll_loss(got, following).exp().item(), rel=1e-5)
+    assert found["dense_perplexity"] == pytest.approx(F.nll_loss(want, following).exp().item(), rel=1e-5)
+
+
 def test_the_model_is_as_it_was_afterwards(model):
     forwards = [vars(layer).get("forward") for layer in model.model.layers]
     with pytest.raises(RuntimeError), MikvMethod(INT4).open(model):
@@ -194,6 +234,9 @@ class KnowingSession(Session):
     def forward(self, input_ids, cache):
         text = Letters().decode(input_ids[0].tolist())
         self.calls.append(("forward", text))
+        if text.startswith("\n"):
+            assert "question" not in cache  # each is asked of the context alone
+            cache["question"] = text
         logits = torch.zeros(len(text), 128)
         logits[:, ord("x")] = 1
         name = text.strip().removeprefix("line ").split(":")[0] if text.startswith("\n") else self.asked(cache)

@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from test_eval import INT4, PROSE, Letters, measured, metrics  # noqa: E402
+from test_eval import INT4, PROSE, Letters, Saying, measured, metrics  # noqa: E402
 from tiny_models import build  # noqa: E402
 
 from mikv_compile.eval import DenseMethod, MikvMethod, make, suites, texts  # noqa: E402
+from mikv_compile.eval.drift import Drift, DriftExercise  # noqa: E402
 from mikv_compile.eval.external import External, _f1  # noqa: E402
 from mikv_compile.eval.methods import CacheSize, Session  # noqa: E402
 from mikv_compile.eval.tasks import settings_of  # noqa: E402
@@ -38,6 +40,7 @@ class Reading(Session):
 
     def forward(self, input_ids, cache):
         text = Letters().decode(input_ids[0].tolist())
+        assert not cache or not text.startswith("\n\nline ")  # a needle is asked for behind the prompt alone
         cache.append(text)
         self.asked.append(text)
         logits = torch.zeros(len(text), 128)
@@ -166,6 +169,17 @@ def test_drift_is_none_without_compression_and_starts_where_runs_differ(tmp_path
     assert found["first_divergence"] == 8 and found["agreement"] == 19 / 20
     assert found["agreement_by_chunk"] == [1, 7 / 8, 1]
     assert found["kl_by_chunk"][0] < 1e-6 < found["kl_by_chunk"][1]  # another token than the log-probs are behind
+
+
+def test_drift_measures_what_the_method_makes_of_the_dense_models_predictions():
+    torch.manual_seed(0)
+    want, got = torch.randn(2, 4, 6).log_softmax(-1)
+    exercise = DriftExercise(Drift(context=4, tokens=5, chunk=2), [1, 2, 3, 4])
+    found = exercise.run(Saying(got), {"tokens": torch.arange(5), "log_probs": want}, lambda: None)
+    kl = F.kl_div(got, want, log_target=True, reduction="none").sum(-1)
+    other_way = F.kl_div(want, got, log_target=True, reduction="none").sum(-1)
+    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-5) != pytest.approx(other_way.mean().item(), rel=1e-2)
+    assert found["kl_by_chunk"] == pytest.approx([part.mean().item() for part in kl.split(2)], rel=1e-5)
 
 
 # Files

@@ -258,6 +258,31 @@ def test_a_tensor_that_is_being_given_back_is_dense_or_a_whole_handle():
     assert interrupted_everywhere(work) == {False, True}
 
 
+SLIDING = {"tiers": "fp:0.2,fp", "quantizer": "mikv", "window": 3, "flush_every": 4, "sliding": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "cut", "start"),
+    [({}, lambda store: store.crop(90), 0), (SLIDING, lambda store: store.drop_before(80), 80)],
+    ids=["the end", "the front"],
+)
+def test_tokens_that_are_being_dropped_are_all_there_or_the_store_is_unusable(options, cut, start):
+    torch.manual_seed(0)
+
+    def work(injection):
+        store, tokens = new_store(**options), torch.randn(B, H, 120, D)
+        store.append(tokens, tokens)
+        for buffer in store.buffers[:7]:  # tier 0 may have its slots in any order
+            buffer[:, :, : store.counts[0]] = buffer[:, :, : store.counts[0]].flip(2)
+        before = store.bookkeeping
+        interrupted(lambda: cut(store), injection)
+        if not store.is_spoiled:
+            assert torch.equal(store.dequantize("key", start), tokens[:, :, start : store.end])
+        return "unusable" if store.is_spoiled else "as before" if store.bookkeeping == before else "done"
+
+    assert interrupted_everywhere(work) == {"as before", "unusable", "done"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", PREALLOCATED)

@@ -326,7 +326,12 @@ def test_the_checksum_covers_what_it_says(saved_file, tmp_path):
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert len(metadata["sha256"]) == hashlib.sha256().digest_size * 2
-    for key, value in (("state", json.dumps({"cache": ["value", 1]})), ("more", "x")):
-        safetensors.save_file(tensors, path, {**metadata, key: value})
+    name = max(tensors)  # the prompt's tokens, int64
+    others = {key: x for key, x in tensors.items() if key != name}
+    # The same bytes in the same order under another name, of another shape or dtype.
+    told = [{f"{name}x": tensors[name]}, {name: tensors[name].reshape(-1)}, {name: tensors[name].view(torch.float64)}]
+    changes = [(tensors, {"state": json.dumps({"cache": ["value", 1]})}), (tensors, {"more": "x"})]
+    for changed, more in [*changes, *(({**others, **x}, {}) for x in told)]:
+        safetensors.save_file(changed, path, {**metadata, **more})
         with pytest.raises(SavedCacheError, match="do not match their checksum"):
             load_cache(path)

@@ -56,11 +56,13 @@ def test_handles_stand_for_the_dense_cache(name):
 
 
 def test_bytes_are_those_of_the_buffers_and_far_below_dense():
-    _, _, cache, _ = filled(tokens=2000, dim=64, heads=2, kv_heads=1)
+    _, fast, cache, _ = filled(tokens=2000, dim=64, heads=2, kv_heads=1)
     store = cache.keys[0].store
     assert store is cache.values[0].store
-    assert store.nbytes == sum(b.numel() * b.element_size() for b in store.buffers)
     assert store.nbytes < 0.145 * store.dense_nbytes  # fp32: 29 % of a 16-bit cache
+    run(fast, cache, inputs([1], width=128))
+    assert store.capacities[0] > store.counts[0]  # spare slots count as well
+    assert store.nbytes == sum(b.numel() * b.element_size() for b in store.buffers)
     report = cache_report(cache)
     assert report.nbytes == 2 * store.nbytes and report.dense_nbytes == 2 * store.dense_nbytes
 
@@ -78,6 +80,16 @@ def test_spare_capacity_stays_below_ten_percent():
             for side_buffer in (*tier.key, *tier.value, tier.positions)
         )
         assert store.nbytes < 1.1 * used
+
+
+def test_a_long_chunk_leaves_no_slots_behind():
+    store, tokens = (
+        new_store(tiers="int8:16,int4", quantizer="mikv", window=8, flush_every=8),
+        torch.zeros(2, 2, 2000, 16),
+    )
+    store.append(tokens[:, :, :100], tokens[:, :, :100])
+    store.append(tokens, tokens)
+    assert sum(store.counts) == 2100 and store.capacities[0] < 100
 
 
 def test_growing_recompiles_nothing():
@@ -158,6 +170,17 @@ def test_reorder_and_repeat_rows(name):
     want = run(decoder, dense, inputs([1, 1], batch=8, seed=4))
     torch.testing.assert_close(got, want, atol=max(TOLERANCE[name], 1e-5), rtol=0)
     no_reads(cache)
+
+
+def test_reordered_rows_are_those_that_were_asked_for():
+    """All buffers of each row, and the values those of their own order, whatever the keys' was."""
+    _, _, cache, _ = filled(options=PLANS["paper"], batch=3)
+    key, value = cache.keys[0], cache.values[0]
+    there, back = torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])
+    made = key.index_select(0, there)
+    for got, buffer in zip(made.store.buffers, key.store.buffers, strict=True):
+        assert torch.equal(got, buffer[there])
+    assert torch.equal(value.index_select(0, back).dequantize(), value.dequantize()[back])
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -339,6 +362,17 @@ def test_an_error_in_a_demoting_step_makes_the_cache_clearly_unusable(monkeypatc
         cache.keys[0].dequantize()
 
 
+def test_what_a_failed_prompt_had_noted_is_forgotten():
+    store = new_store(tiers="int8:0.1,int4:0.3", quantizer="mikv", window=4)
+    before = store.bookkeeping
+    orders = store.prepare(150, fresh=True)
+    undo = store.checkpoint(orders, 150)
+    store.commit(orders, 150)
+    assert all(now != then for now, then in zip(store.bookkeeping[2:], before[2:], strict=True))
+    store.roll_back(undo)
+    assert store.bookkeeping == before
+
+
 def test_a_failed_allocation_leaves_the_cache_as_it_was(monkeypatch):
     _, fast, cache, _ = filled(tokens=64, options={"budget": 1.0})
     before = cache.keys[0].dequantize()
@@ -411,6 +445,16 @@ def test_an_error_while_a_step_is_taken_over(monkeypatch):
             assert torch.equal(cache.keys[0].dequantize(), before)
             run(fast, cache, inputs([1]))
             assert cache.length == tokens + 1
+
+
+def test_an_error_while_the_last_layer_is_taken_over_undoes_the_others(monkeypatch):
+    _, fast, cache, _ = filled(tokens=64, options={"budget": 1.0})
+    first, last = (key.store for key in cache.keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "advance", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+        with pytest.raises(torch.OutOfMemoryError):
+            run(fast, cache, inputs([1]))
+    assert (first.length, last.length) == (64, 64) and not first.is_spoiled
 
 
 def test_public_names():
@@ -637,6 +681,17 @@ def test_the_front_is_dropped_from_both_tiers():
     assert store.end == 315 and torch.equal(store.dequantize("key")[:, :, 5:], tokens[:, :, :20])
     with pytest.raises(MikvError, match="left the window"):
         store.write(100, tokens[:, :, :1], tokens[:, :, :1])
+
+
+def test_a_crop_after_the_front_was_dropped_compresses_nothing_again():
+    store = new_store(sliding=True, tiers="fp:0.2,int8", quantizer="mikv", window=8, flush_every=4)
+    tokens = torch.randn(2, 2, 300, 16)
+    for part in tokens.split(3, dim=2):
+        store.append(part, part)
+    assert store.drop_before(200) and min(store.counts) > 8
+    before = store.dequantize("key")
+    store.crop(store.length - 4)
+    assert store.recompressed == 0 and torch.equal(store.dequantize("key"), before[:, :, :-4])
 
 
 def test_orders_say_where_the_view_starts():
