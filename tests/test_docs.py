@@ -439,7 +439,7 @@ def test_tables_of_measurements_are_those_of_the_results():
     tables = load("docs/fidelity_tables.py")
     for page, made in tables.PAGES.items():
         assert read(page) == tables.fill(read(page), made), "run `python docs/fidelity_tables.py`"
-    with pytest.raises(ValueError, match="the page has no table that begins with | cache |"):
+    with pytest.raises(ValueError, match=r"the page has no table that begins with \| cache \|"):
         tables.fill("a page", [tables.needles])
 
 

@@ -130,7 +130,8 @@ def make_plan(
     """A plan; what would fail only once the model is loaded, or later, is refused here.
 
     Raises:
-        ValueError: for a dtype that is none, a device that is not here, or a results folder that cannot be written.
+        ValueError: for a dtype that is none, a device that is not here, or a results folder that is a
+            file, or cannot be written.
         mikv_compile.OptionError: for a plan file of a method that is missing or damaged.
     """
     if dtype not in DTYPES:
@@ -139,12 +140,12 @@ def make_plan(
     file = next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None)
     if file is not None:
         raise ValueError(f"--out is {str(out)!r}, but {str(file)!r} is a file; give a folder for the results")
+    suites.check_plan_files(methods)
     try:  # before hours of measuring, not after the first of them
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise ValueError(f"--out is {str(out)!r}, where nothing can be written: {error.strerror}") from error
-    suites.check_plan_files(methods)
     return Plan(model, methods, tasks, read, out, dtype, device, fresh)
 
 
