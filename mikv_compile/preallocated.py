@@ -640,7 +640,7 @@ def give_back(tensor: torch.Tensor) -> None:
         offset, strides = tensor.storage_offset(), tensor.stride()
         last = int(offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)))
         storage = tensor.untyped_storage()
-        storage.resize_((last + 1) * dense.itemsize if dense.numel() else 0)
+        storage.resize_(int(last + 1) * dense.itemsize if dense.numel() else 0)
         # By a plain tensor in the same memory: this one is a handle until its memory holds the values, so that an
         # interrupt leaves either a whole handle or a dense tensor.
         plain = torch.empty(0, dtype=dense.dtype, device=dense.device)

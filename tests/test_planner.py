@@ -5,6 +5,7 @@ import torch
 from decoder import Decoder
 
 from mikv_compile import OptionError, Options, cache_report
+from mikv_compile.config import parse_size
 from mikv_compile.plan import CacheShape
 from mikv_compile.planner import Planner
 from mikv_compile.store import LayerStore
@@ -95,6 +96,19 @@ def test_budgets_that_evict_with_snapkv_weigh_by_value_norms_and_others_do_not()
     assert ranked(budget=0.12, policy="h2o") == ranked(budget=0.12, value_norm=False) == (True, False)
     assert ranked(tiers="int8:0.0,int4:0.5") == (True, False)  # tiers by hand are as they were given
     assert ranked(budget=0.12, layers="0=int8:0.1") == (True, False)
+
+
+@pytest.mark.parametrize("budget", ["1 MiB", "2 MiB", "3 MiB"])
+def test_a_store_never_takes_more_than_its_budget_in_bytes_and_at_times_nearly_all_of_it(budget):
+    """That is when generated tokens fill the low tier, which grows by a part of its size."""
+    shape = CacheShape(1, 2, 64, 64, torch.float16)
+    plan = Planner(Options(budget=budget)).layer(0, shape)
+    store, tokens = LayerStore(plan, shape, torch.device("cpu")), plan.tiers[1].share - 64
+    prompt, most = torch.randn(1, 2, tokens, 64).half(), 0
+    for part in (prompt, *[prompt[:, :, :1]] * 400):
+        store.append(part, part)
+        most = max(most, store.nbytes)
+    assert 0.98 < most / parse_size(budget) <= 1
 
 
 def test_shares_less_some_tokens():
