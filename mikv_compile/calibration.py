@@ -135,7 +135,7 @@ def calibrate(
                 for sample, cache, theirs, want in zip(samples, exact, stored, wanted, strict=True):
                     mixed = copy.deepcopy(cache)
                     _put_layer(mixed, theirs, layer)
-                    kl = _divergence(want, bench.continued(sample, mixed), sample)
+                    kl = _divergence(want, bench.continued(sample, mixed))
                     damage[sample.part][layer][name] += kl / sum(s.part == sample.part for s in samples)
                     counter.advance()
         sites = [store.site for store in stores]
@@ -209,7 +209,7 @@ def _check(
     ratio = cache_report(stored[0]).ratio
     measured = dict.fromkeys((sample.part for sample in samples), 0.0)
     for sample, cache, want in zip(samples, stored, wanted, strict=True):
-        kl = _divergence(want, bench.continued(sample, cache), sample)
+        kl = _divergence(want, bench.continued(sample, cache))
         measured[sample.part] += kl / sum(s.part == sample.part for s in samples)
     return Check(budget, ratio, {part: found.damage_of(tiers, part) for part in measured}, measured)
 
@@ -320,7 +320,7 @@ def _put_layer(cache: Any, source: Any, layer: int) -> None:
         handle.show(store)
 
 
-def _divergence(want: torch.Tensor, got: torch.Tensor, sample: Sample) -> float:
+def _divergence(want: torch.Tensor, got: torch.Tensor) -> float:
     """Mean KL of log-probabilities [tokens, vocabulary] from those that are wanted, in nats per token."""
     return float((want.exp() * (want - got)).sum(-1).double().mean())
 

@@ -119,9 +119,7 @@ def test_a_layer_that_stays_exact_has_no_damage():
         for name, source in (("exact", again), ("coarse", coarse)):
             mixed[name] = copy.deepcopy(exact)
             calibration._put_layer(mixed[name], source, 1)
-        kl = {
-            name: calibration._divergence(want, bench.continued(sample, cache), sample) for name, cache in mixed.items()
-        }
+        kl = {name: calibration._divergence(want, bench.continued(sample, cache)) for name, cache in mixed.items()}
     assert abs(kl["exact"]) < 1e-6 < 1e-3 < kl["coarse"]
     # What the others were made of is as it was.
     assert {key.store.length for cache in (exact, again, coarse) for key, _ in calibration._handles(cache)} == {60}
@@ -131,7 +129,7 @@ def test_damage_is_what_the_exact_caches_predictions_lose():
     torch.manual_seed(0)
     want, got = torch.randn(2, 5, 7).log_softmax(-1)
     there, back = (F.kl_div(a, b, log_target=True, reduction="batchmean").item() for a, b in ((got, want), (want, got)))
-    found = calibration._divergence(want, got, Sample(torch.zeros(1, 9), 4))
+    found = calibration._divergence(want, got)
     assert found == pytest.approx(there, rel=1e-5) != pytest.approx(back, rel=1e-2)
 
 
